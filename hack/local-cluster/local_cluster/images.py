@@ -1,0 +1,132 @@
+"""The images that every cluster needs, and buildah below the cache folder."""
+
+import os
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from local_cluster import layout, steps
+
+BASE = "localhost/internvl-base:bookworm"
+_PACKAGES = "python3,python3-venv,ca-certificates,libgomp1"
+_FREE_BYTES = 30 * 10**9
+_CERTIFICATES = Path("/etc/ssl/certs")
+
+
+def buildah(where: layout.Layout, *arguments: str | Path) -> list[str | Path]:
+    """Return a buildah command that keeps its content below the cache folder."""
+    store = where.store / "buildah"
+    return ["buildah", "--root", store, "--runroot", store / "run", *arguments]
+
+
+def check_disk(where: layout.Layout) -> None:
+    """Raise ClusterError when the disk is too full to begin."""
+    where.root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(where.root).free
+    if free < _FREE_BYTES:
+        raise steps.ClusterError(
+            f"{where.root} has {free / 1e9:.0f} GB free, {_FREE_BYTES / 1e9:.0f} GB are needed: "
+            "make room, or remove old content with make cluster-down PURGE=1"
+        )
+
+
+def prune(where: layout.Layout) -> None:
+    """Remove buildah's images and the registry's content that nothing names any more."""
+    if (where.store / "buildah").exists():
+        steps.run(buildah(where, "rmi", "--prune"))
+    if (where.store / "registry" / "docker").exists():
+        registry = where.tool("docker-registry")
+        configuration = where.state / "registry.yml"
+        steps.run([registry, "garbage-collect", "--delete-untagged", configuration])
+
+
+def ensure_pause(where: layout.Layout) -> None:
+    """Put the sandbox's image into the registry."""
+    reference = f"{layout.REGISTRY}/pause:1"
+    if _is_in_registry("pause", "1"):
+        return
+    with steps.step("make the sandbox image"):
+        container = steps.run(buildah(where, "from", "scratch")).split()[-1]
+        steps.run(buildah(where, "copy", container, where.tool("pause"), "/pause"))
+        steps.run(buildah(where, "config", "--entrypoint", '["/pause"]', container))
+        steps.run(buildah(where, "config", "--user", "65535:65535", container))
+        steps.run(buildah(where, "commit", "--rm", container, reference))
+        steps.run(buildah(where, "push", "--tls-verify=false", reference))
+
+
+def ensure_base(where: layout.Layout) -> None:
+    """Make the base image that stands in for the public Python image."""
+    if _exists(where, BASE):
+        return
+    with steps.step("make the base image with debootstrap"):
+        rootfs = where.store / "rootfs"
+        shutil.rmtree(rootfs, ignore_errors=True)
+        command = ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", "bookworm"]
+        steps.run([*command, rootfs])
+        shutil.rmtree(rootfs / "var/cache/apt/archives", ignore_errors=True)
+        shutil.rmtree(rootfs / "var/lib/apt/lists", ignore_errors=True)
+        container = steps.run(buildah(where, "from", "scratch")).split()[-1]
+        steps.run(buildah(where, "add", container, rootfs, "/"))
+        steps.run(buildah(where, "config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", container))
+        steps.run(buildah(where, "commit", "--rm", container, BASE))
+        shutil.rmtree(rootfs)
+
+
+def build(
+    where: layout.Layout,
+    *,
+    dockerfile: Path,
+    context: Path,
+    target: str | None,
+    tag: str,
+    arguments: Sequence[str] = (),
+) -> str:
+    """Build an image; returns its id. Its layers stay for the next build."""
+    options = [f"--build-arg={argument}" for argument in arguments]
+    if target:
+        options.append(f"--target={target}")
+    output = steps.run(
+        buildah(
+            where,
+            "bud",
+            "--isolation=chroot",
+            "--network=host",
+            "--layers",
+            f"--volume={_CERTIFICATES}:{_CERTIFICATES}:ro",
+            *options,
+            f"--file={dockerfile}",
+            f"--tag={tag}",
+            str(context),
+        ),
+        env={**os.environ, "BUILDAH_FORMAT": "oci"},
+    )
+    return output.split()[-1]
+
+
+def push(where: layout.Layout, *, tag: str, reference: str) -> str:
+    """Push an image to a registry; returns its digest."""
+    digest = where.store / "digest"
+    insecure = ["--tls-verify=false"] if reference.startswith(layout.REGISTRY) else []
+    steps.run(buildah(where, "push", f"--digestfile={digest}", *insecure, tag, reference))
+    return digest.read_text().strip()
+
+
+def _exists(where: layout.Layout, tag: str) -> bool:
+    done = subprocess.run(
+        [str(x) for x in buildah(where, "inspect", "--type=image", tag)],
+        capture_output=True,
+        check=False,
+    )
+    return done.returncode == 0
+
+
+def _is_in_registry(name: str, tag: str) -> bool:
+    url = f"http://{layout.REGISTRY}/v2/{name}/tags/list"
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(url, timeout=5) as response:
+            return f'"{tag}"' in response.read().decode()
+    except OSError:
+        return False

@@ -1,0 +1,53 @@
+"""The operator's errors: each says what its catcher does with it."""
+
+import enum
+
+
+class Reason(enum.StrEnum):
+    """Reasons of conditions; users' automation reads them, so they are never renamed."""
+
+    INVALID_SPEC = "InvalidSpec"
+    MODEL_NOT_FOUND = "ModelNotFound"
+    DIGEST_MISMATCH = "DigestMismatch"
+    UNSUPPORTED_MODEL = "UnsupportedModel"
+    INCOMPATIBLE_VERSIONS = "IncompatibleVersions"
+    ENGINE_INCOMPATIBLE = "EngineIncompatible"
+    DISK_FULL = "DiskFull"
+    OUT_OF_MEMORY = "OutOfMemory"
+    BUILD_FAILED = "BuildFailed"
+    VERIFICATION_FAILED = "VerificationFailed"
+    INTERRUPTED = "Interrupted"
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    UNSCHEDULABLE = "Unschedulable"
+    VOLUME_NOT_BOUND = "VolumeNotBound"
+    CRASH_LOOP = "CrashLoop"
+
+
+class OperatorError(Exception):
+    """The base of every error that the operator raises on purpose."""
+
+
+class SpecError(OperatorError):
+    """Raised when a spec can not be served; not retried until the spec changes."""
+
+    def __init__(self, message: str, *, reason: Reason = Reason.INVALID_SPEC) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+
+
+class KubeError(OperatorError):
+    """Raised when the API server does not do what was asked; the key is retried later."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"{status}: {message}")
+        self.status = status
+        self.message = message
+
+
+class KubeNotFoundError(KubeError):
+    """Raised when the object is gone; whoever wanted it gone has nothing left to do."""
+
+
+class KubeConflictError(KubeError):
+    """Raised when someone else wrote first; the key is observed again."""

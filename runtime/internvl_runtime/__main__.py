@@ -1,0 +1,178 @@
+"""The command `internvl-runtime`."""
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from internvl_runtime import errors, settings
+from internvl_runtime.artifacts import progress, source, stages, synthesize
+from internvl_runtime.model import config
+from internvl_runtime.store import cache as caches
+
+RESULT_SCHEMA = 1
+EXIT_FAILED = 80
+"""Tells the operator that another try would fail alike."""
+EXIT_ENGINE_INCOMPATIBLE = 81
+"""Tells the operator at the first exit that starting again will not help."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0, 80 for a foreseen failure, 81 for an unfit engine."""
+    parsed = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    config_ = settings.Settings()
+    try:
+        result = parsed.run(parsed, config_)
+    except errors.StageError as e:
+        failure = {"reason": e.reason.value, "message": e.message, "remedy": e.remedy}
+        _write_termination(config_, {"stage": parsed.command, **failure})
+        print(f"{parsed.command}: {e.message}\nremedy: {e.remedy}", file=sys.stderr)
+        is_incompatible = e.reason is errors.Reason.ENGINE_INCOMPATIBLE
+        return EXIT_ENGINE_INCOMPATIBLE if is_incompatible else EXIT_FAILED
+    if result is not None:
+        _write_termination(config_, {"stage": parsed.command, "result": result})
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def _resolve(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
+    resolved = stages.resolve(
+        _source(arguments, config_),
+        cache=_cache(arguments, config_),
+        stage=progress.Progress("resolve"),
+    )
+    return dataclasses.asdict(resolved)
+
+
+def _fetch(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
+    published = stages.fetch(
+        _source(arguments, config_),
+        weights=arguments.weights,
+        cache=_cache(arguments, config_),
+        stage=progress.Progress("fetch"),
+    )
+    return {"weights": published.path.name}
+
+
+def _convert(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
+    from internvl_runtime.artifacts import convert
+
+    published = convert.convert(
+        weights=arguments.weights,
+        dtype=arguments.dtype,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        cache=_cache(arguments, config_),
+        stage=progress.Progress("convert"),
+    )
+    return {"checkpoint": published.path.name}
+
+
+def _build(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
+    from internvl_runtime.artifacts import build
+    from internvl_runtime.engine import folder
+
+    spec = build.EngineSpec(
+        checkpoint=arguments.checkpoint,
+        backend=arguments.backend,
+        architecture=arguments.architecture,
+        versions=json.loads(arguments.versions),
+        flags=folder.BuildFlags.from_json(json.loads(arguments.flags)),
+    )
+    published = build.build(
+        spec, cache=_cache(arguments, config_), stage=progress.Progress("build")
+    )
+    return {"engine": published.path.name}
+
+
+def _verify(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
+    from internvl_runtime.engine import worker
+
+    del config_
+    worker.load(arguments.engine)
+    return {"engine": arguments.engine.resolve().name, "verified": True}
+
+
+def _serve(arguments: argparse.Namespace, config_: settings.Settings) -> None:
+    from internvl_runtime.server import app
+
+    asyncio.run(app.serve(arguments.engine, config=config_))
+
+
+def _synthesize(arguments: argparse.Namespace, config_: settings.Settings) -> None:
+    recipe = synthesize.Recipe(arguments.shape, arguments.family, arguments.seed)
+    report = progress.Progress("synthesize").step("write", unit="bytes")
+    synthesize.write_checkpoint(
+        recipe, arguments.output, tokenizer_model=config_.tokenizer_model, report=report
+    )
+
+
+def _source(arguments: argparse.Namespace, config_: settings.Settings) -> source.Source:
+    try:
+        raw = json.loads(arguments.source)
+    except ValueError as e:
+        raise errors.StageError(
+            errors.Reason.INVALID_SPEC,
+            f"--source is not JSON: {e}",
+            remedy='give {"folder": {"path": "/models/x"}} or {"synthetic": {...}}',
+        ) from e
+    return source.parse_source(raw, tokenizer_model=config_.tokenizer_model)
+
+
+def _cache(arguments: argparse.Namespace, config_: settings.Settings) -> caches.Cache:
+    return caches.Cache(arguments.cache or config_.cache_root)
+
+
+def _write_termination(config_: settings.Settings, content: dict[str, Any]) -> None:
+    if config_.termination_log.exists():
+        text = json.dumps({"schema": RESULT_SCHEMA, **content})
+        config_.termination_log.write_text(text, encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="internvl-runtime", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, run: Any, words: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=words, description=words)
+        command.set_defaults(run=run)
+        return command
+
+    resolve = add("resolve", _resolve, "identify a source: weights key and dimensions")
+    fetch = add("fetch", _fetch, "publish the weights of a source")
+    convert = add("convert", _convert, "publish a rank checkpoint of weights")
+    build = add("build", _build, "build, verify and publish an engine of a checkpoint")
+    verify = add("verify", _verify, "repeat the recorded answers of a published engine")
+    serve = add("serve", _serve, "serve a published engine over the OpenAI API")
+    made_up = add("synthesize", _synthesize, "write a checkpoint with seeded random weights")
+    for command in (resolve, fetch):
+        command.add_argument("--source", required=True, help="JSON: synthetic or folder")
+    for command in (resolve, fetch, convert, build):
+        command.add_argument(
+            "--cache", type=Path, help="cache folder (INTERNVL_RUNTIME_CACHE_ROOT)"
+        )
+    for command in (fetch, convert):
+        command.add_argument("--weights", required=True, metavar="KEY")
+    convert.add_argument("--dtype", default="bfloat16")
+    convert.add_argument("--tensor-parallel-size", type=int, default=1)
+    build.add_argument("--checkpoint", required=True, metavar="KEY")
+    build.add_argument("--backend", default="PyTorch")
+    build.add_argument("--architecture", required=True, help="for example cpu-x86_64")
+    build.add_argument("--versions", required=True, help='JSON, for example {"torch": "2.11.0"}')
+    build.add_argument("--flags", required=True, help="JSON of every build flag")
+    for command in (verify, serve):
+        command.add_argument("--engine", type=Path, required=True, metavar="DIR")
+    made_up.add_argument("--shape", required=True)
+    made_up.add_argument("--family", type=config.Family, choices=list(config.Family))
+    made_up.add_argument("--seed", type=int, default=0)
+    made_up.add_argument("--output", type=Path, required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

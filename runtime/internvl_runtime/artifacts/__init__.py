@@ -1,0 +1,1 @@
+"""The build stages: resolve, fetch, convert, build, verify; and synthetic checkpoints."""

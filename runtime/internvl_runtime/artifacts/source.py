@@ -1,0 +1,218 @@
+"""Where weights come from: a mounted folder, or made here from a seed."""
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+
+from internvl_runtime import errors
+from internvl_runtime.artifacts import progress, safetensors_file, synthesize, tensors
+from internvl_runtime.model import config
+from internvl_runtime.store import cache as caches
+from internvl_runtime.store import keys
+
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Identified:
+    """What a source holds, before anything is copied."""
+
+    files: list[dict[str, Any]]
+    """For each file `path`, `size` in bytes and `identifier`."""
+    model: config.ModelConfig
+
+
+class Source(Protocol):
+    """A place that weights come from."""
+
+    def identify(self, cache: caches.Cache, stage: progress.Progress) -> Identified:
+        """Tell files and model; raises StageError when the source is unusable."""
+        ...
+
+    def fetch(self, workspace: Path, stage: progress.Progress) -> list[caches.Reference]:
+        """Fill the workspace, or return a reference where nothing needs to be copied."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSource:
+    """Seeded random weights."""
+
+    recipe: synthesize.Recipe
+    tokenizer_model: Path
+
+    def identify(self, cache: caches.Cache, stage: progress.Progress) -> Identified:
+        """Tell what `fetch` will write; sizes are known without making the weights."""
+        del cache, stage
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            model = synthesize.write_small_files(
+                self.recipe, folder, tokenizer_model=self.tokenizer_model
+            )
+            sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        for shard in synthesize.plan_shards(model):
+            sizes[shard.name] = safetensors_file.size_of(shard.tensors)
+        recipe = self.recipe
+        identifier = (
+            f"synthetic:{synthesize.FORMAT}:{recipe.shape}:{recipe.family or ''}:{recipe.seed}"
+        )
+        files = [
+            {"path": path, "size": size, "identifier": identifier}
+            for path, size in sorted(sizes.items())
+        ]
+        return Identified(files, model)
+
+    def fetch(self, workspace: Path, stage: progress.Progress) -> list[caches.Reference]:
+        """Write the checkpoint."""
+        synthesize.write_checkpoint(
+            self.recipe,
+            workspace,
+            tokenizer_model=self.tokenizer_model,
+            report=stage.step("synthesize", unit="bytes"),
+        )
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSource:
+    """A folder that is mounted here and wherever its weights are used; it is not copied."""
+
+    folder: Path
+
+    def identify(self, cache: caches.Cache, stage: progress.Progress) -> Identified:
+        """Check every safetensors header and hash every file, unless size and mtime are known."""
+        model = config.read_model_config(self.folder)
+        paths = self._list_files()
+        check_tensors(paths, model)
+        known = _read_digests(self._digests_file(cache))
+        sizes = {path: path.stat().st_size for path in paths}
+        report = stage.step("hash", unit="bytes")
+        total, done = sum(sizes.values()), 0
+        digests = {}
+        for path in paths:
+            stamp = f"{sizes[path]}:{path.stat().st_mtime_ns}"
+            entry = known.get(path.name)
+            digest = entry[1] if entry and entry[0] == stamp else caches.sha256_of(path)
+            digests[path.name] = (stamp, digest)
+            done += sizes[path]
+            report(done, total)
+        _write_digests(self._digests_file(cache), digests)
+        files = [
+            {
+                "path": path.name,
+                "size": sizes[path],
+                "identifier": f"sha256:{digests[path.name][1]}",
+            }
+            for path in paths
+        ]
+        return Identified(files, model)
+
+    def fetch(self, workspace: Path, stage: progress.Progress) -> list[caches.Reference]:
+        """Refer to the folder."""
+        del workspace, stage
+        return [caches.Reference("folder", str(self.folder))]
+
+    def _list_files(self) -> list[Path]:
+        small = [self.folder / name for name in _SMALL_FILES]
+        shards = sorted(self.folder.glob("*.safetensors"))
+        if not shards:
+            raise errors.StageError(
+                errors.Reason.MODEL_NOT_FOUND,
+                f"there is no *.safetensors file in {self.folder}",
+                remedy="point the source at the folder that holds config.json and *.safetensors; "
+                "pickle files (*.bin) are never read",
+            )
+        return sorted([path for path in small if path.is_file()] + shards)
+
+    def _digests_file(self, cache: caches.Cache) -> Path:
+        name = hashlib.sha256(str(self.folder).encode()).hexdigest()
+        return cache.root / "tmp" / f"digests-{name}.json"
+
+
+def parse_source(raw: Mapping[str, Any], *, tokenizer_model: Path) -> Source:
+    """Read `{"synthetic": {shape, family, seed}}` or `{"folder": {path}}`."""
+    match raw:
+        case {"synthetic": {"shape": str(shape)} as described}:
+            family = described.get("family")
+            recipe = synthesize.Recipe(
+                shape, config.Family(family) if family else None, described.get("seed", 0)
+            )
+            return SyntheticSource(recipe, tokenizer_model)
+        case {"folder": {"path": str(path)}}:
+            return FolderSource(Path(path))
+        case _:
+            raise errors.StageError(
+                errors.Reason.INVALID_SPEC,
+                f"the source {json.dumps(dict(raw))} is not known",
+                remedy='give {"synthetic": {...}} or {"folder": {"path": ...}}',
+            )
+
+
+def weights_folder(weights: caches.Published) -> Path:
+    """Return the folder that holds the files of published weights."""
+    for reference in weights.manifest.references:
+        if reference.kind == "folder":
+            return Path(reference.location)
+    return weights.path
+
+
+def check_tensors(paths: list[Path], model: config.ModelConfig) -> None:
+    """Check that the safetensors files hold exactly the tensors of the model.
+
+    Raises StageError naming the file or tensor that is broken, missing or of
+    another shape.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        if path.suffix == ".safetensors":
+            found |= _read_shapes(path)
+    for name, shape in tensors.list_tensors(model):
+        if found.get(name) != shape:
+            raise errors.StageError(
+                errors.Reason.UNSUPPORTED_MODEL,
+                f"tensor {name} should have shape {shape}, found {found.get(name, 'none')}",
+                remedy="copy every file of the checkpoint again; it does not fit its config.json",
+            )
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as e:
+        raise errors.StageError(
+            errors.Reason.DIGEST_MISMATCH,
+            f"{path.name} is not a readable safetensors file: {e}",
+            remedy="copy the file again; it is cut short or damaged",
+        ) from e
+
+
+def _read_digests(path: Path) -> dict[str, list[str]]:
+    try:
+        digests: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return digests
+
+
+def _write_digests(path: Path, digests: Mapping[str, tuple[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(keys.canonical_json(digests))
+    partial.rename(path)

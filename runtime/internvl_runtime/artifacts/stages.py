@@ -1,0 +1,88 @@
+"""The build stages that need no torch: resolve and fetch."""
+
+import dataclasses
+import shutil
+from typing import Any
+
+from internvl_runtime import errors
+from internvl_runtime.artifacts import progress, source
+from internvl_runtime.store import cache as caches
+from internvl_runtime.store import keys
+
+_LISTED_KEYS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """What the operator plans with."""
+
+    weights: keys.Key
+    family: str
+    dimensions: dict[str, Any]
+    size: int
+    """Bytes of all files."""
+    checkpoints: list[str]
+    """Keys of checkpoints of these weights that are published, newest last."""
+    engines: list[str]
+    """Keys of engines of these weights that are published, newest last."""
+
+
+def resolve(origin: source.Source, *, cache: caches.Cache, stage: progress.Progress) -> Resolved:
+    """Identify a source: its weights key, its dimensions, and what is built on it already."""
+    identified = origin.identify(cache, stage)
+    weights = keys.key_of(keys.Kind.WEIGHTS, keys.weights_inputs(identified.files))
+    checkpoints = _derived(cache, keys.Kind.CHECKPOINTS, "weights", {weights})
+    engines = _derived(cache, keys.Kind.ENGINES, "checkpoint", set(checkpoints))
+    return Resolved(
+        weights=weights,
+        family=identified.model.language.family.value,
+        dimensions=dataclasses.asdict(identified.model.language),
+        size=sum(file["size"] for file in identified.files),
+        checkpoints=checkpoints[-_LISTED_KEYS:],
+        engines=engines[-_LISTED_KEYS:],
+    )
+
+
+def fetch(
+    origin: source.Source,
+    *,
+    weights: str,
+    cache: caches.Cache,
+    stage: progress.Progress,
+) -> caches.Published:
+    """Publish the weights of a source; raises StageError when they are other ones by now."""
+    published = cache.find(keys.Kind.WEIGHTS, weights)
+    if published:
+        return published
+    with cache.workspace(keys.Kind.WEIGHTS, weights) as workspace:
+        published = cache.find(keys.Kind.WEIGHTS, weights)
+        if published:
+            return published
+        identified = origin.identify(cache, stage)
+        inputs = keys.weights_inputs(identified.files)
+        _check_unchanged(weights, keys.key_of(keys.Kind.WEIGHTS, inputs))
+        for leftover in workspace.iterdir():
+            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+        with caches.naming_a_full_disk(cache.root):
+            references = origin.fetch(workspace, stage)
+            return cache.publish(
+                workspace, kind=keys.Kind.WEIGHTS, inputs=inputs, references=references
+            )
+
+
+def _check_unchanged(expected: str, found: str) -> None:
+    if expected != found:
+        raise errors.StageError(
+            errors.Reason.DIGEST_MISMATCH,
+            f"the source now has the weights key {found[:12]}, it was resolved as {expected[:12]}",
+            remedy="wait until nobody writes to the source; the operator resolves it again",
+        )
+
+
+def _derived(cache: caches.Cache, kind: keys.Kind, field: str, parents: set[str]) -> list[str]:
+    found = []
+    for key in cache.list_keys(kind):
+        published = cache.find(kind, key)
+        if published and published.manifest.inputs.get(field) in parents:
+            found.append((str(published.manifest.provenance.get("publishedAt")), key))
+    return [key for _, key in sorted(found)]

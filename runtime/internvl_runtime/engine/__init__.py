@@ -1,0 +1,1 @@
+"""Engines: one interface, and what stands behind it."""

@@ -1,0 +1,114 @@
+"""An engine folder: what a build publishes and `serve` reads, and nothing else."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from internvl_runtime import errors
+from internvl_runtime.engine import device, interface
+from internvl_runtime.model import config, tokenizer
+from internvl_runtime.store import cache as caches
+from internvl_runtime.store import keys
+
+MODEL_FOLDER = "model"
+VERIFICATION = "verification.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuildFlags:
+    """Every flag of an engine after defaulting; part of its key."""
+
+    max_batch_size: int
+    max_sequence_tokens: int
+    max_input_tokens: int
+    max_batched_tokens: int
+    max_tiles_per_image: int
+    max_tiles_per_request: int
+
+    @classmethod
+    def from_json(cls, raw: dict[str, int]) -> "BuildFlags":
+        """Read the names that keys and manifests use (camelCase)."""
+        names = {_camel_case(field.name): field.name for field in dataclasses.fields(cls)}
+        if set(raw) != set(names):
+            raise errors.StageError(
+                errors.Reason.INVALID_SPEC,
+                f"the build flags are {sorted(raw)}, expected {sorted(names)}",
+                remedy="use the same release of operator and runtime image",
+            )
+        return cls(**{names[key]: int(value) for key, value in raw.items()})
+
+    def to_json(self) -> dict[str, int]:
+        """Return the flags under the names that keys and manifests use."""
+        return {_camel_case(name): value for name, value in dataclasses.asdict(self).items()}
+
+    def limits(self) -> interface.EngineLimits:
+        """Return what the server may ask of an engine with these flags."""
+        return interface.EngineLimits(**dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineFolder:
+    """One engine, opened and checked."""
+
+    key: str
+    path: Path
+    checkpoint: Path
+    backend: str
+    dtype: str
+    flags: BuildFlags
+    model: config.ModelConfig
+
+    def load_tokenizer(self) -> tokenizer.Tokenizer:
+        """Load the engine's tokenizer."""
+        return tokenizer.load_tokenizer(self.path / MODEL_FOLDER, self.model)
+
+    def read_verification(self) -> list[dict[str, Any]]:
+        """Return the recorded prompts and tokens."""
+        recorded: list[dict[str, Any]] = json.loads(
+            (self.path / VERIFICATION).read_text(encoding="utf-8")
+        )
+        return recorded
+
+
+def open_engine(path: Path) -> EngineFolder:
+    """Open a published engine and check that it fits this machine.
+
+    Raises EngineIncompatibleError when architecture or versions differ, and
+    StageError when the folder or its checkpoint is not complete.
+    """
+    path = path.resolve()
+    manifest = caches.read_manifest(path)
+    inputs = manifest.inputs
+    _check_device(inputs)
+    cache = caches.Cache(path.parent.parent)
+    checkpoint = cache.get(keys.Kind.CHECKPOINTS, inputs["checkpoint"])
+    return EngineFolder(
+        key=path.name,
+        path=path,
+        checkpoint=checkpoint.path,
+        backend=inputs["backend"],
+        dtype=checkpoint.manifest.inputs["dtype"],
+        flags=BuildFlags.from_json(inputs["build"]),
+        model=config.read_model_config(path / MODEL_FOLDER),
+    )
+
+
+def _check_device(inputs: Any) -> None:
+    here = {
+        "architecture": device.cpu_architecture(),
+        "versions": device.versions(inputs["backend"]),
+        "engineFormat": keys.ENGINE_FORMAT,
+    }
+    for field, found in here.items():
+        if inputs[field] != found:
+            raise errors.EngineIncompatibleError(
+                f"the engine was built for {field} {inputs[field]}, this pod has {found}",
+                remedy="the operator builds a fitting engine when spec or image changes; "
+                "ask for one with the annotation serving.internvl.dev/rebuild",
+            )
+
+
+def _camel_case(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(part.capitalize() for part in rest)

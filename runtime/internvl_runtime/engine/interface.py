@@ -1,0 +1,133 @@
+"""What the server knows about an engine: requests, steps, limits."""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+from typing import NewType, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from internvl_runtime import errors
+from internvl_runtime.model import prompt
+
+RequestId = NewType("RequestId", str)
+
+
+class FinishReason(enum.StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineLimits:
+    """What the server checks before it queues anything."""
+
+    max_sequence_tokens: int
+    """Prompt and answer together."""
+    max_input_tokens: int
+    max_batched_tokens: int
+    """Prompt tokens in one step."""
+    max_batch_size: int
+    max_tiles_per_image: int
+    """Tiles of a grid; the thumbnail comes on top."""
+    max_tiles_per_request: int
+    """Tiles of all pictures, thumbnails included."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen from a row of logits."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class Image(Protocol):
+    """A picture of a request; its tiles are made when an engine asks for them."""
+
+    @property
+    def content_hash(self) -> str:
+        """Equal hashes have equal tiles."""
+        ...
+
+    def load(self) -> npt.NDArray[np.uint8]:
+        """Return uint8 tiles [N, 448, 448, 3]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One answer to generate."""
+
+    request_id: RequestId
+    prompt: prompt.Prompt
+    images: Sequence[Image]
+    sampling: Sampling
+    stop_token_ids: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one engine step made for one request."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    error: errors.RuntimeBaseError | None = None
+    """Why the request was given up; no further step follows."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no further step follows."""
+        return self.finish_reason is not None or self.error is not None
+
+
+StepSink = Callable[[Step], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStatistics:
+    """How busy an engine is."""
+
+    requests: int
+    """Requests submitted and not finished."""
+
+
+class Engine(Protocol):
+    """Generates answers; owns scheduling, memory and numerics."""
+
+    @property
+    def limits(self) -> EngineLimits:
+        """Limits of the loaded engine."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request submitted now would be answered."""
+        ...
+
+    async def start(self) -> None:
+        """Load; returns when the engine answers. Raises StageError when it can not."""
+        ...
+
+    def submit(self, request: GenerationRequest, sink: StepSink) -> None:
+        """Queue a request; the sink gets its steps, in order, in the caller's event loop."""
+        ...
+
+    def cancel(self, request_id: RequestId) -> None:
+        """Stop a request; its sink gets nothing more."""
+        ...
+
+    def statistics(self) -> EngineStatistics:
+        """Return how busy the engine is."""
+        ...
+
+    async def stop(self) -> None:
+        """End the engine and everything it started."""
+        ...

@@ -1,0 +1,1 @@
+"""The PyTorch engine: the same rank checkpoints that TensorRT-LLM reads."""

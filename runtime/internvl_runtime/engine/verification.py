@@ -1,0 +1,117 @@
+"""Recorded answers: a build writes them, and a server repeats them before it is ready."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from internvl_runtime import errors
+from internvl_runtime.engine import interface
+from internvl_runtime.engine.pytorch import generator as generators
+from internvl_runtime.model import config, conversation, prompt, tokenizer
+from internvl_runtime.vision import grid
+
+_TOKENS = 8
+_QUESTION = "Describe the picture."
+_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+"""Top-2 margins below which another machine may choose the other token: a few
+units in the last place of logits of magnitude 10 in each dtype."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """One greedy answer."""
+
+    name: str
+    token_ids: list[int]
+    margins: list[float]
+    """Difference of the two largest logits at each step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _DrawnImage:
+    """A picture without a file: two tiles side by side and their thumbnail."""
+
+    content_hash: str = "verification"
+
+    def load(self) -> npt.NDArray[np.uint8]:
+        size = config.TILE_SIZE
+        x, y = np.meshgrid(np.arange(2 * size), np.arange(size))
+        drawn = np.stack([(7 * x + 3 * y) % 256, (5 * x + 11 * y) % 256, (x ^ y) % 256], axis=-1)
+        left, right, thumbnail = drawn[:, :size], drawn[:, size:], drawn[:, ::2]
+        return np.stack([left, right, thumbnail]).astype(np.uint8)
+
+
+def record(
+    generator: generators.Generator, model: config.ModelConfig, tokens: tokenizer.Tokenizer
+) -> list[Recorded]:
+    """Answer an image prompt and a text prompt, greedily.
+
+    Raises StageError when a logit is not finite.
+    """
+    return [_answer(generator, request) for request in _requests(model, tokens)]
+
+
+def check(
+    generator: generators.Generator,
+    model: config.ModelConfig,
+    tokens: tokenizer.Tokenizer,
+    *,
+    recorded: list[dict[str, Any]],
+    dtype: str,
+) -> None:
+    """Answer the recorded prompts again; raises StageError at the first other token.
+
+    A step whose recorded margin is below the dtype's tolerance ends the comparison.
+    """
+    for now, raw in zip(record(generator, model, tokens), recorded, strict=True):
+        before = Recorded(**raw)
+        for step, (a, b) in enumerate(zip(now.token_ids, before.token_ids, strict=True)):
+            if before.margins[step] < _TOLERANCES[dtype]:
+                break
+            if a != b:
+                raise errors.StageError(
+                    errors.Reason.VERIFICATION_FAILED,
+                    f"the {now.name} prompt gives token {a} at step {step}, the build recorded {b}",
+                    remedy="the checkpoint or the hardware is damaged: rebuild with the "
+                    "annotation serving.internvl.dev/rebuild",
+                )
+
+
+def _answer(generator: generators.Generator, request: interface.GenerationRequest) -> Recorded:
+    tiles = [image.load() for image in request.images]
+    made = [step for step in generator.generate(request, tiles) if step is not None]
+    if not all(np.isfinite(step.logits).all() for step in made):
+        raise errors.StageError(
+            errors.Reason.VERIFICATION_FAILED,
+            f"the {request.request_id} prompt gives logits that are not finite",
+            remedy="use another engine.dtype, and check that the weights are whole",
+        )
+    return Recorded(
+        name=request.request_id,
+        token_ids=[step.token_id for step in made],
+        margins=[_margin(step.logits) for step in made],
+    )
+
+
+def _margin(logits: npt.NDArray[np.float32]) -> float:
+    second, first = np.partition(logits, -2)[-2:]
+    return round(float(first - second), 6)
+
+
+def _requests(
+    model: config.ModelConfig, tokens: tokenizer.Tokenizer
+) -> Iterator[interface.GenerationRequest]:
+    for name, parts in (("image", (conversation.Image(0), _QUESTION)), ("text", (_QUESTION,))):
+        turn = conversation.Turn(conversation.Role.USER, conversation.place_images(parts))
+        segments = conversation.render([turn], system_message=model.system_message)
+        images = [_DrawnImage()] if len(parts) > 1 else []
+        yield interface.GenerationRequest(
+            request_id=interface.RequestId(name),
+            prompt=prompt.expand(segments, tiles=[grid.Grid(2, 1).tiles], tokens=tokens),
+            images=images,
+            sampling=interface.Sampling(max_tokens=_TOKENS, temperature=0.0),
+            stop_token_ids=frozenset(),
+        )

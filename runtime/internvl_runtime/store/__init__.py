@@ -1,0 +1,1 @@
+"""What builders write and servers read: cache layout, keys, manifests, publishing."""

@@ -1,0 +1,247 @@
+"""The cache folder: where things lie, how they are published, when they are complete.
+
+A builder fills a folder below tmp/, and publishing makes it durable, moves it
+to its key and writes the marker `COMPLETE` last. A reader trusts only a folder
+whose marker, name and file sizes agree; so nothing half-written is ever read.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from internvl_runtime import errors
+from internvl_runtime.store import keys
+
+MANIFEST = "manifest.json"
+MARKER = "COMPLETE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Another place that a folder needs: a key of the cache, or a folder outside it."""
+
+    kind: str
+    location: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a published folder says about itself."""
+
+    kind: keys.Kind
+    inputs: Mapping[str, Any]
+    references: Sequence[Reference]
+    files: Sequence[Mapping[str, Any]]
+    """For each file `path`, `size` in bytes and `sha256`."""
+    provenance: Mapping[str, Any]
+    """What is worth knowing but does not change the content: versions, dates, durations."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of manifest.json."""
+        return {
+            "schema": keys.SCHEMA,
+            "kind": self.kind.value,
+            "inputs": self.inputs,
+            "references": [dataclasses.asdict(reference) for reference in self.references],
+            "files": list(self.files),
+            "provenance": self.provenance,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A complete folder of the cache."""
+
+    path: Path
+    manifest: Manifest
+
+
+class Cache:
+    """One cache folder, shared by builders and servers of one claim."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path_of(self, kind: keys.Kind, key: str) -> Path:
+        """Return where a key lies once it is published."""
+        return self.root / kind.value / key
+
+    def find(self, kind: keys.Kind, key: str) -> Published | None:
+        """Return a published folder, or None when it is absent or incomplete."""
+        path = self.path_of(kind, key)
+        try:
+            manifest = read_manifest(path)
+        except errors.StageError:
+            return None
+        return Published(path, manifest)
+
+    def get(self, kind: keys.Kind, key: str) -> Published:
+        """Return a published folder; raises StageError when it is absent or incomplete."""
+        return Published(self.path_of(kind, key), read_manifest(self.path_of(kind, key)))
+
+    def list_keys(self, kind: keys.Kind) -> list[str]:
+        """Return the keys that are published, sorted."""
+        folder = self.root / kind.value
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        return sorted(name for name in names if self.find(kind, name))
+
+    @contextlib.contextmanager
+    def workspace(self, kind: keys.Kind, key: str) -> Iterator[Path]:
+        """Hold the key's lock and give its working folder, which survives a failure.
+
+        A second builder of the same key waits here, and finds the key published
+        when its turn comes.
+        """
+        locks, path = self.root / "locks", self.root / "tmp" / f"{kind.value}-{key}"
+        locks.mkdir(parents=True, exist_ok=True)
+        with (locks / f"{kind.value}-{key}").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            path.mkdir(parents=True, exist_ok=True)
+            yield path
+            shutil.rmtree(path, ignore_errors=True)
+
+    def publish(
+        self,
+        workspace: Path,
+        *,
+        kind: keys.Kind,
+        inputs: Mapping[str, Any],
+        references: Sequence[Reference] = (),
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Published:
+        """Make a workspace durable and move it to the key of its inputs."""
+        manifest = Manifest(
+            kind=kind,
+            inputs=inputs,
+            references=references,
+            files=[describe_file(path, workspace) for path in _files_below(workspace)],
+            provenance={"publishedAt": _now(), **(provenance or {})},
+        )
+        content = keys.canonical_json(manifest.to_json())
+        _write_durably(workspace / MANIFEST, content)
+        for path in _files_below(workspace):
+            _fsync(path)
+        for folder in [*(path for path in workspace.rglob("*") if path.is_dir()), workspace]:
+            _fsync(folder)
+        target = self.path_of(kind, keys.key_of(kind, inputs))
+        _replace_folder(workspace, target)
+        _write_durably(target / MARKER, hashlib.sha256(content).hexdigest().encode())
+        _fsync(target)
+        return Published(target, manifest)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of a published folder, and check marker, name and file sizes.
+
+    Raises StageError (EngineIncompatible for engines is the caller's word).
+    """
+    try:
+        content = (path / MANIFEST).read_bytes()
+        marker = (path / MARKER).read_text(encoding="ascii")
+    except OSError as e:
+        raise _incomplete(path, f"{e.strerror}: {e.filename}") from e
+    if marker.strip() != hashlib.sha256(content).hexdigest():
+        raise _incomplete(path, f"{MARKER} does not match {MANIFEST}")
+    raw = json.loads(content)
+    manifest = Manifest(
+        kind=keys.Kind(raw["kind"]),
+        inputs=raw["inputs"],
+        references=[Reference(**reference) for reference in raw["references"]],
+        files=raw["files"],
+        provenance=raw["provenance"],
+    )
+    if path.name != keys.key_of(manifest.kind, manifest.inputs):
+        raise _incomplete(path, "its name is not the key of its inputs")
+    for file in manifest.files:
+        _check_size(path, file)
+    return manifest
+
+
+def describe_file(path: Path, root: Path) -> dict[str, Any]:
+    """Return path, size and SHA-256 of one file."""
+    return {
+        "path": path.relative_to(root).as_posix(),
+        "size": path.stat().st_size,
+        "sha256": sha256_of(path),
+    }
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(root: Path) -> Iterator[None]:
+    """Turn "no space left" into the reason DiskFull with the numbers."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        usage = shutil.disk_usage(root)
+        raise errors.StageError(
+            errors.Reason.DISK_FULL,
+            f"{root} is full: {usage.free} of {usage.total} bytes are free",
+            remedy="make spec.cache.size larger, or remove engines that nobody uses",
+        ) from e
+
+
+def _check_size(path: Path, file: Mapping[str, Any]) -> None:
+    try:
+        size = (path / file["path"]).stat().st_size
+    except OSError as e:
+        raise _incomplete(path, f"{file['path']} is missing") from e
+    if size != file["size"]:
+        raise _incomplete(
+            path, f"{file['path']} has {size} bytes, its manifest says {file['size']}"
+        )
+
+
+def _incomplete(path: Path, why: str) -> errors.StageError:
+    return errors.StageError(
+        errors.Reason.DIGEST_MISMATCH,
+        f"{path} is not a complete folder: {why}",
+        remedy="remove the folder; the next build writes it again",
+    )
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    source.rename(target)
+    _fsync(target.parent)
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _now() -> str:
+    return datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds")

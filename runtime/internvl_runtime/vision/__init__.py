@@ -1,0 +1,1 @@
+"""From a picture's bytes to the tiles that the vision tower reads."""

@@ -1,0 +1,38 @@
+"""One picture of a request: its size and grid now, its tiles when they are wanted."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from internvl_runtime.vision import decode, grid, tiles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture whose pixels are decoded only when an engine asks for them."""
+
+    content_hash: str
+    """SHA-256 of the bytes and the tile limit: equal hashes have equal tiles."""
+    width: int
+    height: int
+    grid: grid.Grid
+    _opened: PIL.Image.Image = dataclasses.field(repr=False, compare=False)
+
+    def load(self) -> npt.NDArray[np.uint8]:
+        """Decode and cut: uint8 [N, 448, 448, 3]. Raises RequestError for broken data."""
+        return tiles.cut_tiles(decode.decode_rgb(self._opened), self.grid)
+
+
+def open_picture(data: bytes, *, max_tiles: int, max_pixels: int) -> Picture:
+    """Open a picture and choose its grid. Raises RequestError when it is none or too large."""
+    opened = decode.open_picture(data, max_pixels=max_pixels)
+    return Picture(
+        content_hash=hashlib.sha256(b"%d:" % max_tiles + data).hexdigest(),
+        width=opened.width,
+        height=opened.height,
+        grid=grid.choose_grid(opened.width, opened.height, max_tiles=max_tiles),
+        _opened=opened,
+    )
