@@ -18,7 +18,8 @@ def main() -> int:
         print(f"the settings are wrong: {e}", file=sys.stderr)
         return 2
     kopf.configure(log_format=kopf.LogFormat.JSON)
-    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    for noisy in ("aiohttp.access", "kopf.objects", "kopf.activities"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     if config.metrics_port:
         metrics.serve(config.metrics_port)
     registry = kopf.OperatorRegistry()

@@ -102,6 +102,7 @@ class Controller:
 
 def register(registry: kopf.OperatorRegistry) -> None:
     """Register every handler."""
+    kopf.on.login(registry=registry)(kopf.login_via_client)
     kopf.on.startup(registry=registry)(_start)
     kopf.on.cleanup(registry=registry)(_stop)
     kopf.on.event(v1alpha1.GROUP, v1alpha1.VERSION, v1alpha1.PLURAL, registry=registry)(
@@ -118,6 +119,7 @@ def register(registry: kopf.OperatorRegistry) -> None:
 async def _start(settings: kopf.OperatorSettings, memo: Any, **_: Any) -> None:
     settings.posting.enabled = False
     settings.peering.standalone = True
+    settings.scanning.disabled = True
     settings.watching.server_timeout = 600
     settings.watching.client_timeout = 610
     settings.watching.connect_timeout = 10

@@ -2,7 +2,7 @@
 
 import datetime
 import json
-import uuid
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -120,13 +120,15 @@ class Kube:
     async def post_event(self, resource: Any, event: Any) -> None:
         """Tell of a change in the resource's namespace."""
         now = datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        # kubectl describe lists events by name: the time in it keeps their order.
+        name = f"{resource.metadata.name}.{time.time_ns():x}"
         metadata = resource.metadata
         await self.create(
             {
                 "apiVersion": "events.k8s.io/v1",
                 "kind": "Event",
                 "metadata": {
-                    "name": f"{metadata.name}.{uuid.uuid4().hex[:16]}",
+                    "name": name,
                     "namespace": metadata.namespace,
                 },
                 "eventTime": now,

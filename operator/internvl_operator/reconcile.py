@@ -353,7 +353,12 @@ def _build_status(job: observe.Job) -> dict[str, Any]:
     if job.started_at:
         described["startedAt"] = job.started_at
     if progress:
-        described |= {"stage": progress.stage, "step": progress.step, "percent": progress.percent}
+        described |= {
+            "stage": progress.stage,
+            "step": progress.step,
+            "percent": progress.percent,
+            "progress": f"{progress.step} {progress.percent}%",
+        }
     return described
 
 

@@ -48,7 +48,8 @@ def write_configuration(where: layout.Layout) -> None:
     _write_json(where.state / "cni" / "10-pods.conflist", _cni_config(where))
     hosts = where.state / "certs.d" / layout.REGISTRY
     hosts.mkdir(parents=True, exist_ok=True)
-    (hosts / "hosts.toml").write_text(f'[host."http://{layout.REGISTRY}"]\n')
+    url = f"http://{layout.REGISTRY}"
+    (hosts / "hosts.toml").write_text(f'server = "{url}"\n\n[host."{url}"]\n')
 
 
 def _component(where: layout.Layout, program: str, **flags: object) -> Component:

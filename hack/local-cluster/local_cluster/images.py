@@ -12,6 +12,7 @@ from local_cluster import layout, steps
 BASE = "localhost/internvl-base:bookworm"
 _PACKAGES = "python3,python3-venv,ca-certificates,libgomp1"
 _FREE_BYTES = 30 * 10**9
+_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CERTIFICATES = Path("/etc/ssl/certs")
 
 
@@ -45,7 +46,7 @@ def prune(where: layout.Layout) -> None:
 def ensure_pause(where: layout.Layout) -> None:
     """Put the sandbox's image into the registry."""
     reference = f"{layout.REGISTRY}/pause:1"
-    if _is_in_registry("pause", "1"):
+    if is_in_registry("pause", "1"):
         return
     with steps.step("make the sandbox image"):
         container = steps.run(buildah(where, "from", "scratch")).split()[-1]
@@ -69,7 +70,7 @@ def ensure_base(where: layout.Layout) -> None:
         shutil.rmtree(rootfs / "var/lib/apt/lists", ignore_errors=True)
         container = steps.run(buildah(where, "from", "scratch")).split()[-1]
         steps.run(buildah(where, "add", container, rootfs, "/"))
-        steps.run(buildah(where, "config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", container))
+        steps.run(buildah(where, "config", "--env", _PATH, container))
         steps.run(buildah(where, "commit", "--rm", container, BASE))
         shutil.rmtree(rootfs)
 
@@ -122,7 +123,7 @@ def _exists(where: layout.Layout, tag: str) -> bool:
     return done.returncode == 0
 
 
-def _is_in_registry(name: str, tag: str) -> bool:
+def is_in_registry(name: str, tag: str) -> bool:
     url = f"http://{layout.REGISTRY}/v2/{name}/tags/list"
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

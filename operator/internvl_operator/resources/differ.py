@@ -23,7 +23,7 @@ def differs(desired: Any, live: Any) -> bool:
         return _mapping_differs(desired, live)
     if isinstance(desired, Sequence) and not isinstance(desired, str):
         return (
-            not isinstance(live, Sequence)
+            not isinstance(live, list)
             or len(desired) != len(live)
             or any(map(differs, desired, live))
         )

@@ -94,7 +94,7 @@ def load_tokenizer(model_dir: Path, model: config.ModelConfig) -> Tokenizer:
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise errors.StageError(
             errors.Reason.UNSUPPORTED_MODEL,
-            f"the tokenizer in {model_dir} can not be loaded: {e!r}",
+            f"the tokenizer in {model_dir} can not be loaded: {type(e).__name__}: {e}",
             remedy="copy the tokenizer files of the published repository beside config.json",
         ) from e
     if tokens.vocab_size > model.language.vocab_size:
@@ -167,11 +167,7 @@ class InternLM2Tokenizer:
 
 
 def _load_qwen(model_dir: Path) -> QwenTokenizer:
-    bpe = tokenizers.Tokenizer(
-        tokenizers.models.BPE.from_file(
-            str(model_dir / "vocab.json"), str(model_dir / "merges.txt")
-        )
-    )
+    bpe = tokenizers.Tokenizer(_read_bpe(model_dir))
     bpe.normalizer = tokenizers.normalizers.NFC()
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_PATTERN), "isolated")
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -188,6 +184,17 @@ def _load_qwen(model_dir: Path) -> QwenTokenizer:
         stop_ids=_stop_ids(special, config.Family.QWEN2),
         bytes_by_id=tuple(bytes_by_id),
     )
+
+
+def _read_bpe(model_dir: Path) -> tokenizers.models.BPE:
+    vocabulary = _read_json(model_dir / "vocab.json")
+    lines = (model_dir / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+    try:
+        return tokenizers.models.BPE(vocabulary, merges)
+    except Exception as e:
+        # The package raises nothing more precise for merges that are not in the vocabulary.
+        raise ValueError(f"vocab.json and merges.txt do not fit: {e}") from e
 
 
 def _load_internlm2(model_dir: Path) -> InternLM2Tokenizer:

@@ -1,0 +1,73 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/internvl-operator
+UV := $(or $(shell command -v uv),$(CACHE)/uv/bin/uv)
+PYTHON := .venv/bin/python
+LOCAL_CLUSTER := PYTHONPATH=hack/local-cluster $(PYTHON) -m local_cluster
+DEMO := PYTHONPATH=hack:hack/local-cluster $(PYTHON) -m demo
+GPUS ?= 0
+GPU_PRODUCT ?= NVIDIA-H200
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.complete ## Make .venv with both packages and every tool
+
+.venv/.complete: requirements/dev.txt operator/pyproject.toml runtime/pyproject.toml
+	@command -v $(UV) > /dev/null || { echo "installing uv into $(CACHE)/uv"; \
+		python3 -m venv $(CACHE)/uv && $(CACHE)/uv/bin/pip install -q uv==0.13.9; }
+	$(UV) venv -q --allow-existing --python 3.11 .venv
+	$(UV) pip sync -q --require-hashes --python $(PYTHON) requirements/dev.txt
+	$(UV) pip install -q --no-deps --python $(PYTHON) -e operator -e runtime
+	@touch $@
+
+lint: setup ## Check style, types and layers
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	MYPYPATH=hack:hack/local-cluster .venv/bin/mypy -p local_cluster -p demo
+	.venv/bin/lint-imports
+
+fmt: setup ## Format the code
+	.venv/bin/ruff check --fix-only
+	.venv/bin/ruff format
+
+test-unit: setup ## Run the unit tests, under a minute
+	.venv/bin/pytest tests/unit
+
+test-integration: setup ## Run real processes on loopback, and the contract tests
+	.venv/bin/pytest tests/integration tests/contract
+
+test-cluster: setup ## Run the cluster cases marked ci on the local cluster
+	$(DEMO) up
+	.venv/bin/pytest tests/cluster -m ci
+
+test: lint test-unit test-integration test-cluster ## Run everything that CI runs
+
+test-long: setup ## Run every repetition, soak and matrix
+	$(DEMO) up
+	.venv/bin/pytest tests -m "ci or long or not long"
+
+demo: setup ## From a manifest to an answer; MODEL=<folder> serves that checkpoint
+	@$(DEMO) up
+
+demo-down: setup ## Remove the demo and its cluster
+	@$(DEMO) down
+
+reload: setup ## Put the code as it is now into the demo's pods
+	@$(DEMO) reload
+
+cluster-up: setup ## Bring the local cluster up; GPUS=N GPU_PRODUCT=NAME fakes GPUs
+	@$(LOCAL_CLUSTER) up --gpus $(GPUS) --gpu-product $(GPU_PRODUCT)
+
+cluster-status: setup ## Show the local cluster's processes and node
+	@$(LOCAL_CLUSTER) status
+
+cluster-down: setup ## Take the local cluster down; PURGE=1 removes its caches too
+	@$(LOCAL_CLUSTER) down $(if $(PURGE),--purge)
+
+lock: setup ## Write the lock files anew
+	hack/lock.sh
+
+.PHONY: help setup lint fmt test-unit test-integration test-cluster test test-long demo demo-down \
+	reload cluster-up cluster-status cluster-down lock

@@ -1,0 +1,1 @@
+"""Builds the images, installs the operator, serves a model and asks it something."""

@@ -1,0 +1,116 @@
+"""The build commands as processes: results, failures, termination messages."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import runtime_process
+
+SOURCE = '{"synthetic": {"shape": "tiny", "family": "qwen2", "seed": 1}}'
+
+
+def test_a_second_walk_builds_nothing_again(qwen_checkpoint, tmp_path):
+    first = runtime_process.build_engine(qwen_checkpoint, cache=tmp_path)
+    marker = first / "COMPLETE"
+    written = marker.stat().st_mtime_ns
+
+    second = runtime_process.build_engine(qwen_checkpoint, cache=tmp_path)
+
+    assert second == first
+    assert marker.stat().st_mtime_ns == written
+
+
+def test_light_commands_start_without_torch(tmp_path):
+    code = (
+        "import sys; from internvl_runtime.__main__ import main; "
+        f"code = main(['resolve', '--source', '''{SOURCE}''']); "
+        "sys.exit(code or ('torch' in sys.modules))"
+    )
+    environment = {**os.environ, "INTERNVL_RUNTIME_CACHE_ROOT": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    assert done.returncode == 0
+
+
+def test_a_failure_ends_with_reason_message_and_remedy(tmp_path):
+    log = tmp_path / "termination"
+    log.touch()
+    source = json.dumps({"folder": {"path": str(tmp_path / "nothing")}})
+
+    done = runtime_process.run("resolve", "--source", source, cache=tmp_path, termination_log=log)
+
+    assert done.returncode == 80
+    told = json.loads(log.read_text())
+    assert told["reason"] == "ModelNotFound"
+    assert "no config.json" in told["message"]
+    assert told["remedy"]
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unreadable_folder_is_told(tmp_path, qwen_checkpoint):
+    if os.geteuid() == 0 and shutil.which("setpriv") is None:
+        pytest.skip("root can read everything")
+    folder = tmp_path / "model"
+    shutil.copytree(qwen_checkpoint, folder)
+    (folder / "config.json").chmod(0)
+    command = [sys.executable, "-m", "internvl_runtime", "resolve", "--source",
+               json.dumps({"folder": {"path": str(folder)}}), "--cache", str(tmp_path)]  # fmt: skip
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    prefix = drop if os.geteuid() == 0 else []
+
+    done = subprocess.run([*prefix, *command], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 80
+    assert "Permission denied" in done.stderr
+    assert "readable for everyone" in done.stderr
+
+
+def test_other_versions_are_refused_by_the_builder(qwen_checkpoint, tmp_path):
+    runtime_process.build_engine(qwen_checkpoint, cache=tmp_path)
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    done = runtime_process.run(
+        "build", "--checkpoint", checkpoint.name, "--architecture", "cpu-x86_64",
+        "--versions", '{"torch": "9"}', "--flags", json.dumps(runtime_process.FLAGS),
+        cache=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 80
+    assert "'torch': '9'" in done.stderr
+
+
+def test_a_killed_conversion_is_repeated_to_the_same_result(qwen_checkpoint, tmp_path):
+    source = json.dumps({"folder": {"path": str(qwen_checkpoint)}})
+    resolved = runtime_process.result_of("resolve", "--source", source, cache=tmp_path)
+    weights = resolved["weights"]
+    fetch = ["fetch", "--source", source, "--weights", weights]
+    runtime_process.result_of(*fetch, cache=tmp_path)
+    command = [sys.executable, "-m", "internvl_runtime", "convert", "--cache", str(tmp_path),
+               "--weights", weights]  # fmt: skip
+    process = subprocess.Popen(command)
+    while process.poll() is None and not any((tmp_path / "tmp").glob("checkpoints-*/*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    convert = ["convert", "--weights", weights]
+    checkpoint = runtime_process.result_of(*convert, cache=tmp_path)["checkpoint"]
+
+    assert (tmp_path / "checkpoints" / checkpoint / "COMPLETE").exists()
+
+
+def test_a_damaged_answer_fails_verification(qwen_engine, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(qwen_engine.parent.parent, cache)
+    recorded = cache / "engines" / qwen_engine.name / "verification.json"
+    other = [dict(entry) for entry in json.loads(recorded.read_text())]
+    other[0]["token_ids"][0] += 1
+    size = recorded.stat().st_size
+    recorded.write_text(json.dumps(other, indent=2).ljust(size))
+
+    done = runtime_process.run("verify", "--engine", recorded.parent, cache=cache)
+
+    assert done.returncode == 80
+    assert "the build recorded" in done.stderr or "bytes" in done.stderr

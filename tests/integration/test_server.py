@@ -1,0 +1,204 @@
+"""The server and its engine worker as real processes."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pictures
+import pytest
+import runtime_process
+
+QUESTION = [pictures.image_part(pictures.draw(300, 300)), {"type": "text", "text": "What is it?"}]
+
+
+def body(**more):
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 8,
+        "temperature": 0,
+        **more,
+    }
+
+
+def ask(server, **more):
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body(**more), timeout=60)
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def test_the_openai_client_gets_an_answer_with_usage(client):
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": QUESTION}], max_tokens=8, temperature=0
+    )
+    assert answer.usage.completion_tokens == 8
+    assert answer.usage.prompt_tokens > 256
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_a_stream_equals_the_whole_answer(client):
+    options = {
+        "model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8,
+        "temperature": 0, "extra_body": {"return_token_ids": True},
+    }  # fmt: skip
+    whole = client.chat.completions.create(**options)
+    chunks = list(
+        client.chat.completions.create(
+            **options, stream=True, stream_options={"include_usage": True}
+        )
+    )
+
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    text = "".join(choice.delta.content or "" for choice in choices)
+    ids = [i for choice in choices for i in getattr(choice, "token_ids", None) or []]
+    assert text == whole.choices[0].message.content
+    assert ids == whole.choices[0].token_ids
+    assert chunks[0].prompt_token_ids == whole.prompt_token_ids
+    assert chunks[-1].usage == whole.usage
+
+
+def test_the_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_a_seed_repeats_a_sampled_answer(server):
+    answers = [
+        ask(server, temperature=1.0, seed=seed).json()["choices"][0]["message"]["content"]
+        for seed in (1, 1, 2)
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def image_message(url):
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+REFUSED = [
+    ({"model": "gpt"}, 404, "use one of tiny"),
+    ({"messages": []}, 400, "messages"),
+    ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"max_tokens": 10**6}, 400, "ask for at most"),
+    ({"temperature": 3}, 400, "temperature"),
+    ({"n": 2}, 400, "n is not offered"),
+    ({"tools": [{"type": "function"}]}, 400, "tools is not offered"),
+    ({"messages": image_message("data:image/png;base64,aGVsbG8=")}, 400, "can not be read"),
+    ({"messages": image_message("https://example.com/a.png")}, 400, "scheme"),
+    ({"messages": image_message("data:image/png;base64,!")}, 400, "not valid base64"),
+    ({"messages": [{"role": "user", "content": "x " * 40_000}]}, 400, "prompt has"),
+    (
+        {"messages": [{"role": "user", "content": [*QUESTION, {"type": "text", "text": "<image><image>"}]}]},
+        400,
+        "2 <image> placeholders",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "status", "words"), REFUSED, ids=[r[2] for r in REFUSED])
+def test_a_bad_request_is_told_what_is_wrong(server, change, status, words):
+    answer = ask(server, **change)
+
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_a_body_that_is_no_json_is_refused(server):
+    answer = httpx.post(f"{server.url}/v1/chat/completions", content=b"{", timeout=60)
+    assert answer.status_code == 400
+
+
+def test_a_picture_that_is_cut_short_is_refused_before_a_stream_begins(server):
+    url = pictures.data_url(pictures.draw(300, 300))
+    answer = ask(server, messages=image_message(url[:3000]), stream=True)
+    assert answer.status_code == 400
+
+
+def test_an_unknown_path_is_an_openai_error(server):
+    answer = httpx.get(f"{server.url}/v1/nothing")
+    assert answer.status_code == 404
+    assert "/v1/nothing" in answer.json()["error"]["message"]
+
+
+def test_metrics_are_on_their_own_port(server):
+    ask(server)
+    text = httpx.get(f"{server.metrics_url}/metrics").text
+    assert "internvl_generation_tokens_total" in text
+    assert "internvl_engine_up 1.0" in text
+    assert httpx.get(f"{server.url}/metrics").status_code == 404
+
+
+def test_a_client_that_leaves_frees_the_engine(server):
+    with (
+        httpx.Client(timeout=60) as client,
+        client.stream(
+            "POST",
+            f"{server.url}/v1/chat/completions",
+            json=body(stream=True, max_tokens=30_000, temperature=1.0, seed=3),
+        ) as stream,
+    ):
+        next(stream.iter_lines())
+
+    started = time.monotonic()
+    assert ask(server).status_code == 200
+    assert time.monotonic() - started < 30
+
+
+def worker_of(server):
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
+    for child in map(int, children.split()):
+        if b"engine.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return child
+    raise AssertionError("no worker")
+
+
+def test_a_killed_worker_ends_the_server_with_an_error(qwen_engine):
+    with runtime_process.serve(qwen_engine) as server:
+        os.kill(worker_of(server), signal.SIGKILL)
+
+        assert server.process.wait(timeout=30) == 80
+
+
+def test_sigterm_ends_server_and_worker_cleanly(qwen_engine):
+    with runtime_process.serve(qwen_engine) as server:
+        worker = worker_of(server)
+        server.process.send_signal(signal.SIGTERM)
+
+        assert server.process.wait(timeout=30) == 0
+        assert not Path(f"/proc/{worker}").exists()
+
+
+def test_another_version_of_torch_is_refused_in_seconds(qwen_engine, tmp_path):
+    other = tmp_path / "engines" / "copy"
+    other.mkdir(parents=True)
+    log = tmp_path / "termination"
+    log.touch()
+    manifest = json.loads((qwen_engine / "manifest.json").read_text())
+    manifest["inputs"]["versions"]["torch"] = "1.0"
+    published = republish(manifest, qwen_engine, tmp_path)
+
+    done = runtime_process.run("serve", "--engine", published, cache=tmp_path, termination_log=log)
+
+    assert done.returncode == 81
+    told = json.loads(log.read_text())
+    assert told["reason"] == "EngineIncompatible"
+    assert "1.0" in told["message"]
+
+
+def republish(manifest, engine, root):
+    from internvl_runtime.store import cache, keys
+
+    inputs = manifest["inputs"]
+    store = cache.Cache(root)
+    key = keys.key_of(keys.Kind.ENGINES, inputs)
+    with store.workspace(keys.Kind.ENGINES, key) as workspace:
+        (workspace / "verification.json").write_bytes((engine / "verification.json").read_bytes())
+        return store.publish(workspace, kind=keys.Kind.ENGINES, inputs=inputs).path

@@ -1,0 +1,46 @@
+import pytest
+from internvl_operator.cache import ObjectCache, ObjectKey
+
+OWNER = {"kind": "InternVLDeployment", "name": "demo"}
+
+
+def body(name, *, version=1, uid="u", labels=None, owners=()):
+    return {
+        "metadata": {
+            "name": name, "namespace": "ns", "uid": uid, "resourceVersion": str(version),
+            "labels": labels or {}, "ownerReferences": list(owners),
+        }
+    }  # fmt: skip
+
+
+@pytest.fixture
+def cache():
+    return ObjectCache(owner_kind="InternVLDeployment")
+
+
+def test_an_older_version_does_not_replace_a_newer_one(cache):
+    cache.put("Job", body("j", version=10))
+    cache.put("Job", body("j", version=9))
+    assert cache.get("Job", ObjectKey("ns", "j"))["metadata"]["resourceVersion"] == "10"
+
+
+def test_a_new_object_of_the_same_name_replaces_the_old_one(cache):
+    cache.put("Job", body("j", version=10))
+    cache.put("Job", body("j", version=9, uid="other"))
+    assert cache.get("Job", ObjectKey("ns", "j"))["metadata"]["uid"] == "other"
+
+
+def test_a_jobs_pod_concerns_the_jobs_owners(cache):
+    cache.put("Job", body("j", owners=[OWNER]))
+    pod = body("p", labels={"batch.kubernetes.io/job-name": "j"})
+    assert cache.resources_of("Pod", pod) == {ObjectKey("ns", "demo")}
+
+
+def test_a_serving_pod_concerns_its_instance(cache):
+    pod = body("p", labels={"app.kubernetes.io/instance": "demo"})
+    assert cache.resources_of("Pod", pod) == {ObjectKey("ns", "demo")}
+
+
+def test_a_claim_concerns_everyone_in_its_namespace(cache):
+    cache.put("InternVLDeployment", body("demo"))
+    assert cache.resources_of("PersistentVolumeClaim", body("c")) == {ObjectKey("ns", "demo")}

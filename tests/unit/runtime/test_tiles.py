@@ -1,0 +1,90 @@
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from internvl_runtime import errors
+from internvl_runtime.vision import picture, tiles
+from internvl_runtime.vision.grid import choose_grid
+
+DATA = Path(os.environ.get("INTERNVL_TEST_DATA", "../shared/data"))
+PIXELS = 10**8
+DRAWN = [
+    (448, 448, 1, "f08a9f6eca6df08c6326a37bd122cb14"),
+    (640, 480, 13, "6b4c1e4d07c91d92281dbb898722ac7b"),
+    (480, 640, 13, "900c568d8f58f16ed56302e0f1a7af72"),
+    (1280, 720, 9, "1a3ccdd9de2f61fd6f43b5fcf0b26d27"),
+    (1920, 1080, 9, "46a52018d3b05da4b92e5be8e8643c39"),
+    (448, 384, 13, "e1b632ea6e6cd39c5fdf5715526da422"),
+    (1, 1, 1, "ad8c5f4d30e45b2a50f7f4d1f347f64d"),
+]
+FILES = [
+    ("image1.jpg", 12, 13, "e43ede5b77db39acb5149b4c13f55334"),
+    ("frame_0.jpg", 12, 3, "3f95439d47aa2e0fa99cc627e743a2fe"),
+    ("frame_0.jpg", 1, 1, "fb40b91360561427c4fe81b1b13ff28e"),
+]
+
+
+def draw(width, height):
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    channels = [(7 * x + 3 * y) % 256, (5 * x + 11 * y + (x * y) // 97) % 256, (x ^ y) % 256]
+    return PIL.Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def digest(array):
+    return hashlib.sha256(array.tobytes()).hexdigest()[:32]
+
+
+@pytest.mark.parametrize(("width", "height", "count", "expected"), DRAWN)
+def test_drawn_pictures_give_the_golden_tiles(width, height, count, expected):
+    cut = tiles.cut_tiles(draw(width, height), choose_grid(width, height, max_tiles=12))
+
+    assert cut.shape == (count, 448, 448, 3)
+    assert digest(cut) == expected
+
+
+@pytest.mark.parametrize(("name", "limit", "count", "expected"), FILES)
+def test_files_give_the_golden_tiles(name, limit, count, expected):
+    path = DATA / "images" / name
+    if not path.exists():
+        pytest.skip(f"no test data: {path}")
+    opened = picture.open_picture(path.read_bytes(), max_tiles=limit, max_pixels=PIXELS)
+
+    assert opened.grid.tiles == count
+    assert digest(opened.load()) == expected
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"0" * 40], ids=repr)
+def test_bytes_that_are_no_picture_are_refused(data):
+    with pytest.raises(errors.RequestError, match="can not be read"):
+        picture.open_picture(data, max_tiles=12, max_pixels=PIXELS).load()
+
+
+def test_a_picture_that_is_cut_short_is_refused(tmp_path):
+    draw(300, 200).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()[:2000]
+    opened = picture.open_picture(data, max_tiles=12, max_pixels=PIXELS)
+
+    with pytest.raises(errors.RequestError, match="truncated"):
+        opened.load()
+
+
+def test_a_picture_of_too_many_pixels_is_refused_undecoded(tmp_path):
+    draw(300, 200).save(tmp_path / "picture.png")
+    data = (tmp_path / "picture.png").read_bytes()
+
+    with pytest.raises(errors.RequestError, match=r"300 x 200 pixels; at most 59999"):
+        picture.open_picture(data, max_tiles=12, max_pixels=59_999)
+
+
+def test_the_content_hash_depends_on_bytes_and_tile_limit(tmp_path):
+    draw(30, 20).save(tmp_path / "picture.png")
+    data = (tmp_path / "picture.png").read_bytes()
+
+    def content_hash(data, limit):
+        return picture.open_picture(data, max_tiles=limit, max_pixels=PIXELS).content_hash
+
+    assert content_hash(data, 12) == content_hash(data, 12)
+    assert content_hash(data, 12) != content_hash(data, 6)
