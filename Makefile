@@ -9,7 +9,7 @@ GPUS ?= 0
 GPU_PRODUCT ?= NVIDIA-H200
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.complete ## Make .venv with both packages and every tool
 
@@ -38,15 +38,22 @@ test-unit: setup ## Run the unit tests, under a minute
 test-integration: setup ## Run real processes on loopback, and the contract tests
 	.venv/bin/pytest tests/integration tests/contract
 
+test-unit-3.12: ## Run the unit tests on Python 3.12, where it is installed
+	@if $(UV) python find --no-python-downloads 3.12 > /dev/null 2>&1; then \
+		$(UV) venv -q --allow-existing --python 3.12 .venv-3.12 && \
+		$(UV) pip sync -q --require-hashes --python .venv-3.12/bin/python requirements/dev.txt && \
+		$(UV) pip install -q --no-deps --python .venv-3.12/bin/python -e operator -e runtime && \
+		.venv-3.12/bin/pytest tests/unit; \
+	else echo "SKIPPED: there is no Python 3.12 on this machine"; fi
+
 test-cluster: setup ## Run the cluster cases marked ci on the local cluster
-	$(DEMO) up
 	.venv/bin/pytest tests/cluster -m ci
 
-test: lint test-unit test-integration test-cluster ## Run everything that CI runs
+test: setup ## Run lint and all tests, with the time of each part
+	@hack/run-parts.sh lint test-unit test-unit-3.12 test-integration test-cluster
 
 test-long: setup ## Run every repetition, soak and matrix
-	$(DEMO) up
-	.venv/bin/pytest tests -m "ci or long or not long"
+	.venv/bin/pytest tests
 
 demo: setup ## From a manifest to an answer; MODEL=<folder> serves that checkpoint
 	@$(DEMO) up
@@ -69,5 +76,5 @@ cluster-down: setup ## Take the local cluster down; PURGE=1 removes its caches t
 lock: setup ## Write the lock files anew
 	hack/lock.sh
 
-.PHONY: help setup lint fmt test-unit test-integration test-cluster test test-long demo demo-down \
+.PHONY: help setup lint fmt test-unit test-unit-3.12 test-integration test-cluster test test-long demo demo-down \
 	reload cluster-up cluster-status cluster-down lock

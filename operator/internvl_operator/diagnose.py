@@ -22,7 +22,11 @@ class Finding:
 def diagnose_job(job: observe.Job) -> Finding:
     """Say why a Job has failed."""
     for pod in reversed(job.pods):
-        finding = _reported(pod) or _killed(pod) or diagnose_waiting(pod)
+        finding = (
+            _reported(pod)
+            or _ended(pod, otherwise=errors.Reason.BUILD_FAILED)
+            or diagnose_waiting(pod)
+        )
         if finding:
             return finding
     return Finding(
@@ -48,22 +52,12 @@ def diagnose_serving(pods: Iterable[observe.Object]) -> Finding | None:
 
 def _crashed(pod: observe.Object) -> Finding | None:
     for container in observe.container_statuses(pod):
-        ended = container.get("lastState", {}).get("terminated") or container.get("state", {}).get(
-            "terminated"
-        )
+        ended = _termination(container)
         if not ended or container.get("ready"):
             continue
         is_incompatible = ended.get("exitCode") == _EXIT_ENGINE_INCOMPATIBLE
         if is_incompatible or container.get("restartCount", 0) >= _CRASHES:
-            return (
-                _reported(pod)
-                or _killed(pod)
-                or Finding(
-                    errors.Reason.CRASH_LOOP,
-                    f"pod {pod['metadata']['name']} ends with exit code {ended.get('exitCode')}: "
-                    "read its log with kubectl logs --previous",
-                )
-            )
+            return _reported(pod) or _ended(pod, otherwise=errors.Reason.CRASH_LOOP)
     return None
 
 
@@ -82,9 +76,9 @@ def _reason(text: str) -> errors.Reason:
         return errors.Reason.BUILD_FAILED
 
 
-def _killed(pod: observe.Object) -> Finding | None:
+def _ended(pod: observe.Object, *, otherwise: errors.Reason) -> Finding | None:
     for container in observe.container_statuses(pod):
-        ended = container.get("state", {}).get("terminated")
+        ended = _termination(container)
         if ended and ended.get("reason") == "OOMKilled":
             return Finding(
                 errors.Reason.OUT_OF_MEMORY,
@@ -93,10 +87,19 @@ def _killed(pod: observe.Object) -> Finding | None:
         if ended and ended.get("exitCode"):
             tail = str(ended.get("message", "")).strip().splitlines()[-1:]
             return Finding(
-                errors.Reason.BUILD_FAILED,
+                otherwise,
                 f"container {container['name']} ended with exit code {ended['exitCode']}: "
                 f"{''.join(tail) or 'read its log'}",
             )
+    return None
+
+
+def _termination(container: observe.Object) -> observe.Object | None:
+    """Return how a container has ended, now or before its last restart."""
+    for state in ("state", "lastState"):
+        ended: observe.Object | None = container.get(state, {}).get("terminated")
+        if ended:
+            return ended
     return None
 
 

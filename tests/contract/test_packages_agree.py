@@ -66,9 +66,9 @@ def test_exit_codes_are_equal():
 
 def test_ports_and_folders_are_equal():
     defaults = runtime_settings.Settings()
-    assert (serving.HTTP_PORT, serving.METRICS_PORT) == (defaults.port, defaults.metrics_port)
+    assert (defaults.port, defaults.metrics_port) == (serving.HTTP_PORT, serving.METRICS_PORT)
     assert str(defaults.cache_root) == jobs.CACHE_FOLDER
-    assert serving._GRACE_SECONDS > defaults.drain_seconds
+    assert defaults.drain_seconds < serving._GRACE_SECONDS
 
 
 def test_the_operator_sends_the_build_flags_that_the_runtime_reads():

@@ -14,6 +14,8 @@ import runtime_process
 
 QUESTION = [pictures.image_part(pictures.draw(300, 300)), {"type": "text", "text": "What is it?"}]
 
+TWO_PLACEHOLDERS = {"type": "text", "text": "<image><image>"}
+
 
 def body(**more):
     return {
@@ -94,7 +96,7 @@ REFUSED = [
     ({"messages": image_message("data:image/png;base64,!")}, 400, "not valid base64"),
     ({"messages": [{"role": "user", "content": "x " * 40_000}]}, 400, "prompt has"),
     (
-        {"messages": [{"role": "user", "content": [*QUESTION, {"type": "text", "text": "<image><image>"}]}]},
+        {"messages": [{"role": "user", "content": [*QUESTION, TWO_PLACEHOLDERS]}]},
         400,
         "2 <image> placeholders",
     ),

@@ -1,10 +1,12 @@
 """`up`, `down` and `status`."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ _DEVICE_PLUGINS = Path("/var/lib/kubelet/device-plugins")
 _CONTAINER_LOGS = Path("/var/log/containers")
 _READY_SECONDS = 120.0
 _STOP_SECONDS = 60.0
+_REMOVAL_ATTEMPTS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,17 +111,15 @@ def _start(where: layout.Layout, gpus: Gpus) -> None:
     with steps.step("start the processes"):
         (where.state / "components.json").write_text(_listing(where, gpus))
         with (where.logs / "supervisor.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "local_cluster.supervisor", str(where.state)],
+            subprocess.run(
+                ["setsid", "--fork", sys.executable, "-m", "local_cluster.supervisor", where.state],
                 cwd=layout.SOURCES,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
-                preexec_fn=cgroup.join,
                 env={**os.environ, "PYTHONPATH": str(layout.SOURCES)},
+                check=True,
             )
-        (where.state / "supervisor.pid").write_text(str(process.pid))
 
 
 def _listing(where: layout.Layout, gpus: Gpus) -> str:
@@ -128,7 +129,7 @@ def _listing(where: layout.Layout, gpus: Gpus) -> str:
 
 def _wait_until_ready(where: layout.Layout) -> None:
     hint = f"the logs are in {where.logs}"
-    admin = [where.tool("kubectl"), f"--kubeconfig={where.kubeconfig}"]
+    admin: list[str | Path] = [where.tool("kubectl"), f"--kubeconfig={where.kubeconfig}"]
     with steps.step("wait for the API server"):
         check = steps.Check([*admin, "get", "--raw=/readyz"], expects="ok")
         steps.wait_for("API server", check, seconds=_READY_SECONDS, hint=hint)
@@ -189,17 +190,33 @@ def _remove_containers(where: layout.Layout) -> None:
     pids = [pid for command, pid in _running_commands().items() if command[0] == kubelet]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    ctr = [where.tool("ctr"), f"--address={where.containerd_socket}", "--namespace=k8s.io"]
     try:
-        for task in steps.run([*ctr, "tasks", "ls", "--quiet"]).split():
-            steps.run([*ctr, "tasks", "rm", "--force", task])
-        for container in steps.run([*ctr, "containers", "ls", "--quiet"]).split():
-            steps.run([*ctr, "containers", "rm", container])
-    except steps.ClusterError as e:
-        steps.console.print(f"  containerd did not remove its containers: {e}", style="yellow")
+        for _ in range(_REMOVAL_ATTEMPTS):
+            if _try_to_remove_containers(where):
+                return
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
+
+
+def _try_to_remove_containers(where: layout.Layout) -> bool:
+    """Remove what can be removed; containerd refuses while a shim is still ending."""
+    ctr: list[str | Path] = [
+        where.tool("ctr"),
+        f"--address={where.containerd_socket}",
+        "--namespace=k8s.io",
+    ]
+    try:
+        tasks = steps.run([*ctr, "tasks", "ls", "--quiet"]).split()
+        containers = steps.run([*ctr, "containers", "ls", "--quiet"]).split()
+    except steps.ClusterError:
+        return True
+    for command in ("tasks rm --force", "containers rm"):
+        names = tasks if command.startswith("tasks") else containers
+        for name in names:
+            with contextlib.suppress(steps.ClusterError):
+                steps.run([*ctr, *command.split(), name])
+    return not containers
 
 
 def _running_commands() -> dict[tuple[str, ...], int]:
@@ -222,8 +239,13 @@ def _unmount_below(folder: Path) -> None:
 
 def _remove_leftovers() -> None:
     """Remove the few files that kubelet and containerd write outside their folders."""
-    if _DEVICE_PLUGINS.is_dir() and not any(_DEVICE_PLUGINS.glob("*.sock")):
+    if _DEVICE_PLUGINS.is_dir() and not _is_listening(_DEVICE_PLUGINS / "kubelet.sock"):
         shutil.rmtree(_DEVICE_PLUGINS)
     for link in _CONTAINER_LOGS.glob("*") if _CONTAINER_LOGS.is_dir() else ():
         if link.is_symlink() and not link.exists():
             link.unlink()
+
+
+def _is_listening(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0

@@ -124,6 +124,7 @@ def _exists(where: layout.Layout, tag: str) -> bool:
 
 
 def is_in_registry(name: str, tag: str) -> bool:
+    """Whether the local registry has an image under a tag."""
     url = f"http://{layout.REGISTRY}/v2/{name}/tags/list"
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -3,7 +3,7 @@
 import contextlib
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import rich.console
@@ -51,7 +51,7 @@ def run(
     return done.stdout
 
 
-def wait_for(words: str, check: "Check", *, seconds: float, hint: str) -> None:
+def wait_for(words: str, check: Callable[[], bool], *, seconds: float, hint: str) -> None:
     """Wait until a check holds; raises ClusterError with the hint when it does not."""
     deadline = time.monotonic() + seconds
     while not check():

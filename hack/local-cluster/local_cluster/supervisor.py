@@ -13,6 +13,9 @@ import signal
 import sys
 from pathlib import Path
 
+from local_cluster import cgroup
+from local_cluster.components import Component
+
 _PR_SET_PDEATHSIG = 1
 _RESTART_SECONDS = 1.0
 _STOP_SECONDS = 10.0
@@ -21,8 +24,8 @@ _STOP_SECONDS = 10.0
 class Supervisor:
     """Runs components until SIGTERM."""
 
-    def __init__(self, components: list[dict[str, object]], logs: Path) -> None:
-        self._components = components
+    def __init__(self, listed: list[Component], logs: Path) -> None:
+        self._components = listed
         self._logs = logs
         self._stopping = asyncio.Event()
         self._running: dict[str, asyncio.subprocess.Process] = {}
@@ -34,16 +37,16 @@ class Supervisor:
         tasks = [asyncio.create_task(self._keep(component)) for component in self._components]
         await self._stopping.wait()
         for component in reversed(self._components):
-            await self._stop(str(component["name"]))
+            await self._stop(component.name)
         await asyncio.gather(*tasks)
 
-    async def _keep(self, component: dict[str, object]) -> None:
-        name = str(component["name"])
+    async def _keep(self, component: Component) -> None:
+        name = component.name
         while not self._stopping.is_set():
             with (self._logs / f"{name}.log").open("ab") as log:
                 process = await asyncio.create_subprocess_exec(
-                    *component["command"],
-                    env={**os.environ, **component["environment"]},
+                    *component.command,
+                    env={**os.environ, **component.environment},
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -75,7 +78,10 @@ def _die_with_parent() -> None:
 def main() -> None:
     """Supervise the components that a file lists."""
     state = Path(sys.argv[1])
-    components = json.loads((state / "components.json").read_text())
+    cgroup.join()
+    (state / "supervisor.pid").write_text(str(os.getpid()))
+    listed = json.loads((state / "components.json").read_text())
+    components = [Component(**described) for described in listed]
     asyncio.run(Supervisor(components, state / "logs").run())
 
 

@@ -189,9 +189,9 @@ def _load_qwen(model_dir: Path) -> QwenTokenizer:
 def _read_bpe(model_dir: Path) -> tokenizers.models.BPE:
     vocabulary = _read_json(model_dir / "vocab.json")
     lines = (model_dir / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+    pairs = [line.partition(" ") for line in lines if not line.startswith("#version")]
     try:
-        return tokenizers.models.BPE(vocabulary, merges)
+        return tokenizers.models.BPE(vocabulary, [(left, right) for left, _, right in pairs])
     except Exception as e:
         # The package raises nothing more precise for merges that are not in the vocabulary.
         raise ValueError(f"vocab.json and merges.txt do not fit: {e}") from e

@@ -70,7 +70,7 @@ def test_one_restart_is_no_crash_loop():
     assert diagnose.diagnose_serving([pod(containerStatuses=crashing[:1])]) is None
     finding = diagnose.diagnose_serving([pod(containerStatuses=crashing[1:])])
     assert finding is not None
-    assert finding.reason == "BuildFailed" or finding.reason == "CrashLoop"
+    assert finding.reason == "CrashLoop"
 
 
 def test_progress_is_the_last_line_that_tells_it():

@@ -64,5 +64,5 @@ def test_pictures_take_their_places(parts, expected):
 
 
 def test_placeholders_and_pictures_must_be_equal_in_number():
-    with pytest.raises(errors.RequestError, match="2 <image> placeholders .* 1 pictures"):
+    with pytest.raises(errors.RequestError, match=r"2 <image> placeholders .* 1 pictures"):
         place_images((Image(0), "<image> and <image>"))

@@ -1,7 +1,6 @@
 import hashlib
-import os
-from pathlib import Path
 
+import data
 import numpy as np
 import PIL.Image
 import pytest
@@ -9,7 +8,6 @@ from internvl_runtime import errors
 from internvl_runtime.vision import picture, tiles
 from internvl_runtime.vision.grid import choose_grid
 
-DATA = Path(os.environ.get("INTERNVL_TEST_DATA", "../shared/data"))
 PIXELS = 10**8
 DRAWN = [
     (448, 448, 1, "f08a9f6eca6df08c6326a37bd122cb14"),
@@ -47,25 +45,23 @@ def test_drawn_pictures_give_the_golden_tiles(width, height, count, expected):
 
 @pytest.mark.parametrize(("name", "limit", "count", "expected"), FILES)
 def test_files_give_the_golden_tiles(name, limit, count, expected):
-    path = DATA / "images" / name
-    if not path.exists():
-        pytest.skip(f"no test data: {path}")
+    path = data.require(f"images/{name}")
     opened = picture.open_picture(path.read_bytes(), max_tiles=limit, max_pixels=PIXELS)
 
     assert opened.grid.tiles == count
     assert digest(opened.load()) == expected
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"0" * 40], ids=repr)
-def test_bytes_that_are_no_picture_are_refused(data):
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"0" * 40], ids=repr)
+def test_bytes_that_are_no_picture_are_refused(content):
     with pytest.raises(errors.RequestError, match="can not be read"):
-        picture.open_picture(data, max_tiles=12, max_pixels=PIXELS).load()
+        picture.open_picture(content, max_tiles=12, max_pixels=PIXELS).load()
 
 
 def test_a_picture_that_is_cut_short_is_refused(tmp_path):
     draw(300, 200).save(tmp_path / "whole.jpg")
-    data = (tmp_path / "whole.jpg").read_bytes()[:2000]
-    opened = picture.open_picture(data, max_tiles=12, max_pixels=PIXELS)
+    cut = (tmp_path / "whole.jpg").read_bytes()[:2000]
+    opened = picture.open_picture(cut, max_tiles=12, max_pixels=PIXELS)
 
     with pytest.raises(errors.RequestError, match="truncated"):
         opened.load()
@@ -73,18 +69,18 @@ def test_a_picture_that_is_cut_short_is_refused(tmp_path):
 
 def test_a_picture_of_too_many_pixels_is_refused_undecoded(tmp_path):
     draw(300, 200).save(tmp_path / "picture.png")
-    data = (tmp_path / "picture.png").read_bytes()
+    content = (tmp_path / "picture.png").read_bytes()
 
     with pytest.raises(errors.RequestError, match=r"300 x 200 pixels; at most 59999"):
-        picture.open_picture(data, max_tiles=12, max_pixels=59_999)
+        picture.open_picture(content, max_tiles=12, max_pixels=59_999)
 
 
 def test_the_content_hash_depends_on_bytes_and_tile_limit(tmp_path):
     draw(30, 20).save(tmp_path / "picture.png")
-    data = (tmp_path / "picture.png").read_bytes()
+    content = (tmp_path / "picture.png").read_bytes()
 
-    def content_hash(data, limit):
-        return picture.open_picture(data, max_tiles=limit, max_pixels=PIXELS).content_hash
+    def content_hash(limit):
+        return picture.open_picture(content, max_tiles=limit, max_pixels=PIXELS).content_hash
 
-    assert content_hash(data, 12) == content_hash(data, 12)
-    assert content_hash(data, 12) != content_hash(data, 6)
+    assert content_hash(12) == content_hash(12)
+    assert content_hash(12) != content_hash(6)

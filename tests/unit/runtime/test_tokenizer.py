@@ -1,16 +1,15 @@
 import base64
 import importlib.util
-import os
 import random
 from pathlib import Path
 
+import data
 import pytest
 import tiktoken
 from internvl_runtime import errors
 from internvl_runtime.artifacts import shapes, tokenizer_files
 from internvl_runtime.model import config, conversation, prompt, tokenizer
 
-DATA = Path(os.environ.get("INTERNVL_TEST_DATA", "../shared/data"))
 REFERENCE_QUESTION = "简述一下这张图片的内容。"
 QWEN_IDS = [
     151644, 8948, 198, 105043, 90286, 21287, 13935, 116669, 3837, 105205, 13072, 20412, 67916,
@@ -37,9 +36,7 @@ def qwen(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def internlm2(tmp_path_factory):
-    source = DATA / "tokenizers" / "internlm2.model"
-    if not source.exists():
-        pytest.skip(f"no test data: {source}")
+    source = data.require("tokenizers/internlm2.model")
     folder = tmp_path_factory.mktemp("internlm2")
     tokenizer_files.write_real_internlm2(folder, source)
     return tokenizer.load_tokenizer(folder, shapes.PUBLISHED["InternVL2_5-2B"])

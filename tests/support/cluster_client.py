@@ -1,0 +1,197 @@
+"""What cluster tests ask of the cluster, in one namespace."""
+
+import json
+import time
+from typing import Any
+
+import httpx
+from local_cluster import steps
+
+READY_SECONDS = 240
+TINY = {"shape": "tiny", "family": "qwen2", "seed": 5}
+
+
+def tiny_spec(**source) -> dict[str, Any]:
+    """Return the spec of a tiny model on a CPU in float32."""
+    return {
+        "model": {"source": {"synthetic": {**TINY, **source}}},
+        "engine": {"dtype": "float32"},
+        "cache": {"size": "1Gi"},
+    }
+
+
+class Client:
+    """kubectl in one namespace."""
+
+    def __init__(self, target, namespace: str, images: dict[str, str]) -> None:
+        self.namespace = namespace
+        self.images = images
+        self._target = target
+
+    def kubectl(self, *arguments: str, input_text: str | None = None) -> str:
+        """Run kubectl in the namespace."""
+        return self._target.run_kubectl(
+            f"--namespace={self.namespace}", *arguments, input_text=input_text
+        )
+
+    def apply(self, manifest: dict[str, Any]) -> None:
+        """Apply a manifest."""
+        self.kubectl("apply", "--server-side", "-f", "-", input_text=json.dumps(manifest))
+
+    def apply_model(self, name: str, spec: dict[str, Any]) -> None:
+        """Apply an InternVLDeployment."""
+        self.apply(
+            {
+                "apiVersion": "serving.internvl.dev/v1alpha1",
+                "kind": "InternVLDeployment",
+                "metadata": {"name": name},
+                "spec": spec,
+            }
+        )
+
+    def get(self, kind: str, name: str) -> dict[str, Any]:
+        """Return an object."""
+        return json.loads(self.kubectl("get", kind, name, "-o", "json"))
+
+    def list_objects(self, kind: str, *options: str) -> list[dict[str, Any]]:
+        """Return the objects of a kind."""
+        return json.loads(self.kubectl("get", kind, "-o", "json", *options))["items"]
+
+    def conditions(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return a resource's conditions by type."""
+        status = self.get("ivl", name).get("status", {})
+        return {condition["type"]: condition for condition in status.get("conditions", [])}
+
+    def wait_until(self, words: str, check, *, seconds: float = READY_SECONDS) -> None:
+        """Wait until a check returns true; an error of kubectl counts as not yet."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                if check():
+                    return
+            except steps.ClusterError:
+                pass
+            time.sleep(0.3)
+        raise AssertionError(f"not within {seconds} s: {words}")
+
+    def wait_for_condition(self, name: str, kind: str, status: str, reason: str = "") -> str:
+        """Wait for a condition; returns its message."""
+
+        def holds():
+            found = self.conditions(name).get(kind, {})
+            return found.get("status") == status and found.get("reason", "").startswith(reason)
+
+        self.wait_until(f"{name}: {kind}={status} {reason}", holds)
+        return self.conditions(name)[kind]["message"]
+
+    def wait_until_ready(self, name: str) -> None:
+        """Wait until a resource is Ready for its current generation."""
+
+        def is_ready():
+            resource = self.get("ivl", name)
+            status = resource.get("status", {})
+            is_current = status.get("observedGeneration") == resource["metadata"]["generation"]
+            return is_current and status.get("phase") == "Ready"
+
+        self.wait_until(f"{name} is Ready", is_ready)
+
+    def base_url(self, name: str) -> str:
+        """Return the URL of a resource's Service, by its cluster address."""
+        return f"http://{self.get('service', name)['spec']['clusterIP']}:8000"
+
+    def ask(self, name: str, content: Any, **more: Any) -> dict[str, Any]:
+        """Send one chat request; returns the response."""
+        body = {
+            "model": name,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": 8,
+            "temperature": 0,
+            **more,
+        }
+        url = f"{self.base_url(name)}/v1/chat/completions"
+        with httpx.Client(trust_env=False, timeout=120) as http:
+            answer = http.post(url, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def run_pod(
+        self, name: str, command: list[str], *, claim: str, path: str = "/data"
+    ) -> tuple[str, str]:
+        """Run a restricted pod with a claim to its end; returns phase and log."""
+        self.apply(restricted_pod(name, self.images["internvl-runtime"], command, claim, path))
+        phases = {"Succeeded", "Failed"}
+        self.wait_until(f"{name} ends", lambda: self.get("pod", name)["status"]["phase"] in phases)
+        phase = self.get("pod", name)["status"]["phase"]
+        return phase, self.kubectl("logs", name)
+
+    def apply_claim(
+        self, name: str, *, size: str = "1Gi", storage_class: str | None = None
+    ) -> None:
+        """Apply a claim."""
+        self.apply(
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolumeClaim",
+                "metadata": {"name": name},
+                "spec": {
+                    "accessModes": ["ReadWriteOnce"],
+                    "resources": {"requests": {"storage": size}},
+                    **({"storageClassName": storage_class} if storage_class else {}),
+                },
+            }
+        )
+
+    def tell_story(self) -> str:
+        """Return resources, events and logs, for a test that has failed."""
+        views = (
+            ["get", "all,pvc", "-o", "wide"],
+            ["describe", "ivl"],
+            ["get", "events", "--sort-by=.metadata.creationTimestamp"],
+        )
+        parts = [self._try(*arguments) for arguments in views]
+        for pod in self.list_objects("pods"):
+            name = pod["metadata"]["name"]
+            parts.append(f"--- log of {name}\n" + self._try("logs", name, "--all-containers"))
+        operator = ["--namespace=internvl-system", "logs", "deploy/internvl-operator", "--tail=40"]
+        parts.append("--- log of the operator\n" + self._try(*operator))
+        return "\n".join(parts)
+
+    def _try(self, *arguments: str) -> str:
+        try:
+            return self.kubectl(*arguments)
+        except steps.ClusterError as e:
+            return str(e)
+
+
+def restricted_pod(
+    name: str, image: str, command: list[str], claim: str, path: str
+) -> dict[str, Any]:
+    """Return a pod that the restricted profile admits, with a claim."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name},
+        "spec": {
+            "restartPolicy": "Never",
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": 10001,
+                "fsGroup": 10001,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [
+                {
+                    "name": "main",
+                    "image": image,
+                    "command": command,
+                    "securityContext": {
+                        "allowPrivilegeEscalation": False,
+                        "capabilities": {"drop": ["ALL"]},
+                        "readOnlyRootFilesystem": True,
+                    },
+                    "volumeMounts": [{"name": "data", "mountPath": path}],
+                }
+            ],
+            "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": claim}}],
+        },
+    }
