@@ -32,6 +32,18 @@ class ObjectCache:
         if old is None or _version(old) <= _version(body) or _uid(old) != _uid(body):
             known[key_of(body)] = body
 
+    def replace_all(
+        self, kind: str, bodies: Iterable[Object], *, namespace: str | None, version: int
+    ) -> None:
+        """Take over a listing: remember its objects, and forget older ones that it lacks."""
+        listed = {key_of(body): body for body in bodies}
+        for key, body in list(self._objects.get(kind, {}).items()):
+            is_in_scope = namespace is None or key.namespace == namespace
+            if is_in_scope and key not in listed and _version(body) <= version:
+                self.remove(kind, body)
+        for body in listed.values():
+            self.put(kind, body)
+
     def remove(self, kind: str, body: Object) -> None:
         """Forget an object."""
         self._objects.get(kind, {}).pop(key_of(body), None)

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import kopf
@@ -10,14 +11,36 @@ from internvl_operator import cache, kube, observe, reconcile, settings, workque
 from internvl_operator.api import v1alpha1
 from internvl_operator.resources import naming
 
-CHILDREN = {
-    "Job": ("batch", "v1", "jobs"),
-    "Deployment": ("apps", "v1", "deployments"),
-    "Service": ("", "v1", "services"),
-    "Pod": ("", "v1", "pods"),
-    "PersistentVolumeClaim": ("", "v1", "persistentvolumeclaims"),
-}
+
+@dataclasses.dataclass(frozen=True)
+class ChildKind:
+    """A kind of children, and the labels that tell ours from others."""
+
+    group: str
+    plural: str
+    labels: Mapping[str, str]
+
+    @property
+    def api_version(self) -> str:
+        """Group and version as manifests have them."""
+        return f"{self.group}/v1" if self.group else "v1"
+
+    @property
+    def selector(self) -> str:
+        """The labels as the API server takes them; empty for every object."""
+        return ",".join(f"{key}={value}" for key, value in self.labels.items())
+
+
 _MANAGED = {"app.kubernetes.io/managed-by": naming.MANAGED_BY}
+CHILDREN = {
+    "Job": ChildKind("batch", "jobs", _MANAGED),
+    "Deployment": ChildKind("apps", "deployments", _MANAGED),
+    "Service": ChildKind("", "services", _MANAGED),
+    "Pod": ChildKind("", "pods", _MANAGED),
+    # Claims may be made by users, so that they carry no label of ours.
+    "PersistentVolumeClaim": ChildKind("", "persistentvolumeclaims", {}),
+}
+_SECOND_LISTING_SECONDS = 15.0
 
 
 @dataclasses.dataclass
@@ -28,22 +51,30 @@ class Controller:
     objects: cache.ObjectCache = dataclasses.field(init=False)
     client: kube.Kube | None = None
     queue: workqueue.WorkQueue[cache.ObjectKey] = dataclasses.field(init=False)
-    working: "asyncio.Task[None] | None" = None
+    tasks: "list[asyncio.Task[None]]" = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.objects = cache.ObjectCache(owner_kind=v1alpha1.KIND)
         self.queue = workqueue.WorkQueue(self.reconcile)
 
     async def start(self) -> None:
-        """Connect and begin to work."""
+        """Connect, see what there is, and begin to work.
+
+        Without the listing, the first reconciliations would take children that
+        no event has told of yet for absent.
+        """
         self.client = await kube.connect(on_write=self._remember)
-        self.working = asyncio.create_task(self.queue.run(self.defaults.workers), name="workers")
+        await self._list_children()
+        self.tasks = [
+            asyncio.create_task(self.queue.run(self.defaults.workers), name="workers"),
+            asyncio.create_task(self._list_children_again(), name="second-listing"),
+        ]
 
     async def stop(self) -> None:
         """End the workers and close the connections."""
-        if self.working:
-            self.working.cancel()
-            await asyncio.gather(self.working, return_exceptions=True)
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
         if self.client:
             await self.client.close()
 
@@ -74,6 +105,23 @@ class Controller:
             return None
         observation = self._observe(body)
         return await reconcile.reconcile(observation, kube=self.client, defaults=self.defaults)
+
+    async def _list_children(self) -> None:
+        if self.client is None:
+            return
+        for kind, child in CHILDREN.items():
+            for namespace in self.defaults.namespaces or (None,):
+                bodies, version = await self.client.list_all(
+                    child.api_version, kind, namespace=namespace, selector=child.selector
+                )
+                self.objects.replace_all(kind, bodies, namespace=namespace, version=version)
+
+    async def _list_children_again(self) -> None:
+        """Drop what was deleted between the first listing and the begin of the watches."""
+        await asyncio.sleep(_SECOND_LISTING_SECONDS)
+        await self._list_children()
+        for key in self.objects.keys(v1alpha1.KIND):
+            self.queue.add(key)
 
     def _remember(self, body: cache.Object) -> None:
         if body["kind"] in (*CHILDREN, v1alpha1.KIND):
@@ -108,11 +156,9 @@ def register(registry: kopf.OperatorRegistry) -> None:
     kopf.on.event(v1alpha1.GROUP, v1alpha1.VERSION, v1alpha1.PLURAL, registry=registry)(
         _on_resource
     )
-    for kind, (group, version, plural) in CHILDREN.items():
-        # Claims may be made by users, so that they carry no label of ours.
-        labels = {} if kind == "PersistentVolumeClaim" else dict(_MANAGED)
+    for kind, child in CHILDREN.items():
         kopf.on.event(
-            group, version, plural, registry=registry, labels=labels, param=kind, id=f"on-{plural}"
+            child.group, "v1", child.plural, registry=registry, param=kind, id=f"on-{child.plural}"
         )(_on_child)
 
 
@@ -125,6 +171,9 @@ async def _start(settings: kopf.OperatorSettings, memo: Any, **_: Any) -> None:
     settings.watching.connect_timeout = 10
     settings.networking.request_timeout = 60
     settings.queueing.idle_timeout = 0.5
+    for child in CHILDREN.values():
+        if child.selector:
+            settings.watching.label_selectors[child.group, "v1", child.plural] = child.selector
     settings.process.ultimate_exiting_timeout = 25
     await memo.controller.start()
 

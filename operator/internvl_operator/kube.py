@@ -14,6 +14,7 @@ from internvl_operator import errors, metrics
 FIELD_MANAGER = "internvl-operator"
 STATUS_MANAGER = "internvl-operator-status"
 _TIMEOUT_SECONDS = 30.0
+_PAGE_SIZE = 500
 _NOT_FOUND = 404
 _CONFLICT = 409
 _MERGE_PATCH = "application/merge-patch+json"
@@ -110,6 +111,26 @@ class Kube:
             content_type=_APPLY_PATCH,
         )
         metrics.WRITES.labels("status", "InternVLDeployment").inc()
+
+    async def list_all(
+        self, api_version: str, kind: str, *, namespace: str | None, selector: str
+    ) -> tuple[list[Body], int]:
+        """Return the objects of a kind, and the version of the store that they are of."""
+        root = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
+        scope = f"/namespaces/{namespace}" if namespace else ""
+        found: list[Body] = []
+        next_page = ""
+        while True:
+            query = [("limit", str(_PAGE_SIZE)), ("labelSelector", selector)]
+            if next_page:
+                query.append(("continue", next_page))
+            text = await self._request("GET", f"{root}{scope}/{_PLURALS[kind]}", query=query)
+            page = json.loads(text)
+            typed = {"apiVersion": api_version, "kind": kind}
+            found += [{**typed, **item} for item in page["items"]]
+            next_page = page["metadata"].get("continue", "")
+            if not next_page:
+                return found, int(page["metadata"]["resourceVersion"])
 
     async def read_log(self, pod: Body, *, container: str, lines: int) -> str:
         """Return the last lines of a container's log."""

@@ -105,6 +105,19 @@ def test_an_operator_restart_during_a_build_makes_no_second_job(client, operator
     client.wait_until_ready("demo")
     client.wait_until_ready("twin")
 
+    before = client.get("ivl", "demo")["status"]["conditions"]
+    operator.run_kubectl("--namespace=internvl-system", "delete", "pod", "--all", "--wait")
+    operator.run_kubectl(
+        "--namespace=internvl-system", "rollout", "status", "deployment/internvl-operator"
+    )
+    client.wait_until(
+        "the operator works again",
+        lambda: client.kubectl("annotate", "ivl", "demo", "--overwrite", "touched=1"),
+    )
+    assert client.get("ivl", "demo")["status"]["conditions"] == before
+    told = client.kubectl("get", "events", "-o", "jsonpath={.items[*].reason}").split()
+    assert told.count("Serving") == 2
+
     jobs = client.list_objects("jobs")
     stages = sorted(job["metadata"]["name"].split("-")[1] for job in jobs)
     assert stages == ["checkpoint", "engine", "resolve"]

@@ -24,6 +24,15 @@ def test_an_older_version_does_not_replace_a_newer_one(cache):
     assert cache.get("Job", ObjectKey("ns", "j"))["metadata"]["resourceVersion"] == "10"
 
 
+def test_a_listing_drops_what_is_gone_but_not_what_is_newer(cache):
+    for name, version in (("gone", 3), ("stays", 4), ("newer", 9)):
+        cache.put("Job", body(name, version=version))
+
+    cache.replace_all("Job", [body("stays", version=5)], namespace=None, version=7)
+
+    assert sorted(key.name for key in cache.keys("Job")) == ["newer", "stays"]
+
+
 def test_a_new_object_of_the_same_name_replaces_the_old_one(cache):
     cache.put("Job", body("j", version=10))
     cache.put("Job", body("j", version=9, uid="other"))
