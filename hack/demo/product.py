@@ -34,7 +34,10 @@ def build_images(target: targets.Target) -> dict[str, str]:
     where.store.mkdir(parents=True, exist_ok=True)
     if target.is_local:
         images.ensure_base(where)
-    return {build.name: _build(target, where, build) for build in _BUILDS}
+    references = {build.name: _build(target, where, build) for build in _BUILDS}
+    if target.is_local:
+        images.prune_node(where, references.values())
+    return references
 
 
 def install(target: targets.Target, references: dict[str, str]) -> None:
@@ -91,9 +94,9 @@ def _build(target: targets.Target, where: layout.Layout, build: _Build) -> str:
     pushed = where.store / "pushed.json"
     known: dict[str, str] = json.loads(pushed.read_text()) if pushed.exists() else {}
     entry = f"{repository} {image}"
-    if entry not in known or (target.is_local and not images.is_in_registry(build.name, image)):
+    digest = known.get(entry, "")
+    if not digest or (target.is_local and not images.is_in_registry(build.name, digest)):
         with steps.step(f"push image {build.name}"):
-            digest = images.push(where, tag=tag, reference=f"{repository}:{image[:12]}")
-        known[entry] = f"{repository}@{digest}"
-        pushed.write_text(json.dumps(known, indent=2))
-    return known[entry]
+            digest = images.push(where, tag=tag, reference=f"{repository}:latest")
+        pushed.write_text(json.dumps({**known, entry: digest}, indent=2))
+    return f"{repository}@{digest}"

@@ -60,5 +60,5 @@ def _current() -> Target:
         kubectl=("kubectl",),
         helm=("helm",),
         registry=registry,
-        base_image=_PYTHON_IMAGE,
+        base_image=os.environ.get("BASE_IMAGE", _PYTHON_IMAGE),
     )

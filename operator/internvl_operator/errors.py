@@ -16,7 +16,6 @@ class Reason(enum.StrEnum):
     OUT_OF_MEMORY = "OutOfMemory"
     BUILD_FAILED = "BuildFailed"
     VERIFICATION_FAILED = "VerificationFailed"
-    INTERRUPTED = "Interrupted"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     UNSCHEDULABLE = "Unschedulable"
     VOLUME_NOT_BOUND = "VolumeNotBound"

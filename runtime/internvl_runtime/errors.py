@@ -17,7 +17,6 @@ class Reason(enum.StrEnum):
     BUILD_FAILED = "BuildFailed"
     CRASH_LOOP = "CrashLoop"
     VERIFICATION_FAILED = "VerificationFailed"
-    INTERRUPTED = "Interrupted"
 
 
 class RuntimeBaseError(Exception):

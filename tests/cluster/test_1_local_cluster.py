@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import machine
@@ -43,6 +46,25 @@ def test_up_repairs_what_was_killed():
     cluster.up(WHERE, NO_GPUS)
     supervisor = int((WHERE.state / "supervisor.pid").read_text())
     os.kill(supervisor, signal.SIGKILL)
+    cluster.up(WHERE, NO_GPUS)
+
+    assert cluster.status(WHERE)
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        pytest.param(1.5, marks=pytest.mark.ci),
+        *(pytest.param(s, marks=pytest.mark.long) for s in (0.3, 0.7, 3, 5, 8)),
+    ],
+)
+def test_up_completes_what_an_interrupted_up_began(seconds):
+    cluster.down(WHERE, purge=False)
+    command = [sys.executable, "-m", "local_cluster", "up"]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(layout.SOURCES)}) as up:
+        time.sleep(seconds)
+        up.kill()
+
     cluster.up(WHERE, NO_GPUS)
 
     assert cluster.status(WHERE)

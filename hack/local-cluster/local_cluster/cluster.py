@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import rich.table
@@ -31,8 +33,29 @@ class Gpus:
     product: str = "NVIDIA-H200"
 
 
+@contextlib.contextmanager
+def locked(where: layout.Layout) -> Iterator[None]:
+    """Let one `up` or `down` run at a time; another waits."""
+    where.root.mkdir(parents=True, exist_ok=True)
+    with (where.root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def up(where: layout.Layout, gpus: Gpus) -> None:
     """Bring the cluster up, whatever state it is in."""
+    with locked(where):
+        _up(where, gpus)
+
+
+def down(where: layout.Layout, *, purge: bool) -> None:
+    """Take the cluster down; only processes, mounts and links that it made are touched."""
+    with locked(where):
+        _down(where)
+        shutil.rmtree(where.root if purge else where.state, ignore_errors=True)
+
+
+def _up(where: layout.Layout, gpus: Gpus) -> None:
     started = time.monotonic()
     images.check_disk(where)
     tools.ensure_tools(where)
@@ -47,8 +70,7 @@ def up(where: layout.Layout, gpus: Gpus) -> None:
     steps.console.print(f"export KUBECONFIG={where.kubeconfig}", style="bold")
 
 
-def down(where: layout.Layout, *, purge: bool) -> None:
-    """Take the cluster down; only processes, mounts and links that it made are touched."""
+def _down(where: layout.Layout) -> None:
     with steps.step("stop the pods"):
         _remove_containers(where)
     with steps.step("stop the processes"):
@@ -58,7 +80,6 @@ def down(where: layout.Layout, *, purge: bool) -> None:
         _unmount_below(where.root)
         network.remove_network(where)
         _remove_leftovers()
-    shutil.rmtree(where.root if purge else where.state, ignore_errors=True)
     where.kubeconfig.unlink(missing_ok=True)
 
 

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from local_cluster import layout, steps
@@ -41,6 +41,20 @@ def prune(where: layout.Layout) -> None:
         registry = where.tool("docker-registry")
         configuration = where.state / "registry.yml"
         steps.run([registry, "garbage-collect", "--delete-untagged", configuration])
+
+
+def prune_node(where: layout.Layout, keep: Iterable[str]) -> None:
+    """Remove from containerd the images of this registry that are neither kept nor in use."""
+    ctr: list[str | Path] = [where.tool("ctr"), f"--address={where.containerd_socket}"]
+    ctr.append("--namespace=k8s.io")
+    used = steps.run([*ctr, "containers", "ls"])
+    kept = {reference.rpartition("@")[2] for reference in keep}
+    for line in steps.run([*ctr, "images", "ls"]).splitlines()[1:]:
+        name, _, digest = line.split()[:3]
+        is_ours = name.startswith((layout.REGISTRY, "sha256:"))
+        is_pause = name.startswith(f"{layout.REGISTRY}/pause")
+        if is_ours and not is_pause and digest not in kept and name not in used:
+            steps.run([*ctr, "images", "rm", name])
 
 
 def ensure_pause(where: layout.Layout) -> None:
@@ -123,12 +137,14 @@ def _exists(where: layout.Layout, tag: str) -> bool:
     return done.returncode == 0
 
 
-def is_in_registry(name: str, tag: str) -> bool:
-    """Whether the local registry has an image under a tag."""
-    url = f"http://{layout.REGISTRY}/v2/{name}/tags/list"
+def is_in_registry(name: str, version: str) -> bool:
+    """Whether the local registry has an image under a tag or digest."""
+    url = f"http://{layout.REGISTRY}/v2/{name}/manifests/{version}"
+    accepted = "application/vnd.oci.image.manifest.v1+json"
+    request = urllib.request.Request(url, headers={"Accept": accepted}, method="HEAD")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(url, timeout=5) as response:
-            return f'"{tag}"' in response.read().decode()
+        with opener.open(request, timeout=5):
+            return True
     except OSError:
         return False

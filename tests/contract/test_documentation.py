@@ -1,0 +1,58 @@
+"""What the documents tell people to run exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from internvl_operator.api import v1alpha1
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in DOCUMENTS}
+
+
+def commands(text):
+    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
+        joined = block.replace("\\\n", " ")
+        for line in joined.splitlines():
+            if line.startswith("$ "):
+                yield shlex.split(line[2:], comments=True)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_make_target_in_a_document_exists(name):
+    targets = set(re.findall(r"^([a-z0-9.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {command[1] for command in commands(TEXTS[name]) if command[0] == "make"}
+    named |= set(re.findall(r"`make ([a-z0-9.-]+)", TEXTS[name]))
+    assert named <= targets
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_link_to_a_file_leads_somewhere(name):
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXTS[name]):
+        assert ((ROOT / name).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_file_in_a_command_exists(name):
+    for command in commands(TEXTS[name]):
+        for word in command:
+            if word.startswith(("examples/", "charts/", "crds/")):
+                assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_examples_are_resources(path):
+    manifest = yaml.safe_load(path.read_text())
+    metadata = {**manifest["metadata"], "namespace": "ns", "uid": "u"}
+    v1alpha1.Resource.model_validate({**manifest, "metadata": metadata})
+
+
+def test_every_reason_is_documented():
+    from internvl_operator import errors
+
+    reference = TEXTS["docs/reference.md"]
+    missing = [reason.value for reason in errors.Reason if f"`{reason.value}`" not in reference]
+    assert missing == []
