@@ -162,10 +162,19 @@ def worker_of(server):
     raise AssertionError("no worker")
 
 
-def test_a_killed_worker_ends_the_server_with_an_error(qwen_engine):
-    with runtime_process.serve(qwen_engine) as server:
+def test_a_killed_worker_ends_its_stream_with_an_error_and_then_the_server(qwen_engine):
+    endless = body(stream=True, max_tokens=30_000, temperature=1.0, seed=3)
+    with (
+        runtime_process.serve(qwen_engine) as server,
+        httpx.Client(timeout=60) as client,
+        client.stream("POST", f"{server.url}/v1/chat/completions", json=endless) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
         os.kill(worker_of(server), signal.SIGKILL)
 
+        *_, last = (line for line in lines if line)
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_unavailable"
         assert server.process.wait(timeout=30) == 80
 
 

@@ -7,9 +7,10 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from internvl_runtime import metrics
+from internvl_runtime import errors, metrics
 from internvl_runtime.engine import interface
 from internvl_runtime.model import tokenizer
+from internvl_runtime.server import errors as http_errors
 from internvl_runtime.server import schemas
 
 _DONE = "data: [DONE]\n\n"
@@ -140,13 +141,20 @@ async def generate(
 async def events(
     answer: Answer, deltas: AsyncIterator[Delta], first: Delta, *, include_usage: bool
 ) -> AsyncIterator[str]:
-    """Yield the server-sent events of a stream whose first delta is already there."""
+    """Yield the server-sent events of a stream whose first delta is already there.
+
+    An error on the way is told as an event, and the stream ends without `[DONE]`.
+    """
     yield _event(answer.first_chunk())
     yield _event(answer.chunk(first))
     completion_tokens = len(first.token_ids)
-    async for delta in deltas:
-        completion_tokens += len(delta.token_ids)
-        yield _event(answer.chunk(delta))
+    try:
+        async for delta in deltas:
+            completion_tokens += len(delta.token_ids)
+            yield _event(answer.chunk(delta))
+    except errors.RuntimeBaseError as e:
+        yield _event(http_errors.describe(e)[1])
+        return
     if include_usage:
         yield _event(answer.usage_chunk(completion_tokens))
     yield _DONE
