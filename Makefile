@@ -38,7 +38,7 @@ test-unit: setup ## Run the unit tests, under a minute
 test-integration: setup ## Run real processes on loopback, and the contract tests
 	.venv/bin/pytest tests/integration tests/contract
 
-test-unit-3.12: ## Run the unit tests on Python 3.12, where it is installed
+test-unit-3.12: setup ## Run the unit tests on Python 3.12, where it is installed
 	@if $(UV) python find --no-python-downloads 3.12 > /dev/null 2>&1; then \
 		$(UV) venv -q --allow-existing --python 3.12 .venv-3.12 && \
 		$(UV) pip sync -q --require-hashes --python .venv-3.12/bin/python requirements/dev.txt && \

@@ -1,10 +1,10 @@
-"""The command behind `make demo`, `demo-down`, `images` and `reload`."""
+"""The command behind `make demo`, `make demo-down` and `make reload`."""
 
 import sys
 
 from local_cluster import steps
 
-from demo import demo, product, target
+from demo import demo
 
 _COMMANDS = {
     "up": demo.run_demo,
@@ -16,13 +16,9 @@ _COMMANDS = {
 def main() -> int:
     """Run one command."""
     try:
-        if sys.argv[1] == "install":
-            chosen = target.choose_target()
-            product.install(chosen, product.build_images(chosen))
-        else:
-            _COMMANDS[sys.argv[1]]()
+        _COMMANDS[sys.argv[1]]()
     except steps.ClusterError as e:
-        steps.console.print(f"[red]✗[/] {e}")
+        steps.show_error(e)
         return 1
     return 0
 

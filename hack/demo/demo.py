@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,19 @@ def reload() -> None:
     target = targets.choose_target()
     references = product.build_images(target)
     product.install(target, references)
-    name = yaml.safe_load(EXAMPLE.read_text())["metadata"]["name"]
+    names = target.run_kubectl(
+        "get", "ivl", f"--namespace={NAMESPACE}", "-o", "jsonpath={.items[*].metadata.name}"
+    ).split()
     annotation = f"{UPGRADE_ANNOTATION}={time.time_ns()}"
-    with steps.step("roll out the new runtime"):
+    with steps.step(f"roll out the new runtime of {', '.join(names)}"):
         target.run_kubectl(
-            "annotate", "ivl", name, "--overwrite", annotation, f"--namespace={NAMESPACE}"
+            "annotate", "ivl", *names, "--overwrite", annotation, f"--namespace={NAMESPACE}"
         )
-        path = "jsonpath={.items[*].spec.containers[0].image}"
-        selector = f"--selector=app.kubernetes.io/instance={name}"
-        pods = [*target.kubectl, "get", "pods", f"--namespace={NAMESPACE}", selector, "-o", path]
+        pods = [
+            *target.kubectl, "get", "pods", f"--namespace={NAMESPACE}",
+            "--selector=app.kubernetes.io/component=runtime",
+            "-o", "jsonpath={.items[*].spec.containers[0].image}",
+        ]  # fmt: skip
 
         def only_new_pods() -> bool:
             return set(steps.run(pods).split()) == {references["internvl-runtime"]}
@@ -67,7 +72,8 @@ def reload() -> None:
         steps.wait_for(
             "rollout", only_new_pods, seconds=_READY_SECONDS, hint="kubectl describe ivl"
         )
-    wait_until_ready(target, name)
+    for name in names:
+        wait_until_ready(target, name)
     steps.console.print(f"the new code runs after {time.monotonic() - started:.0f} s")
 
 
@@ -162,8 +168,21 @@ def _copy_model(target: targets.Target, folder: Path, *, image: str) -> None:
         target.run_kubectl("apply", "--server-side", "-f", "-", input_text=content)
         name = ["pod/demo-copy", f"--namespace={NAMESPACE}"]
         target.run_kubectl("wait", *name, "--for=condition=Ready", "--timeout=600s")
-        target.run_kubectl("cp", folder, f"{NAMESPACE}/demo-copy:/model/model", "--no-preserve")
+        inside = [*target.kubectl, "exec", "--stdin", *name, "--"]
+        steps.run([*inside, "sh", "-c", "rm -rf /model/model && mkdir /model/model"])
+        _pipe(
+            ["tar", "--dereference", "--create", f"--directory={folder}", "."],
+            [*inside, "tar", "--extract", "--no-same-owner", "--directory=/model/model"],
+        )
         target.run_kubectl("delete", *name, "--grace-period=1")
+
+
+def _pipe(source: list[str], sink: list[str]) -> None:
+    """Run two commands with a pipe between them; raises ClusterError when one fails."""
+    with subprocess.Popen(source, stdout=subprocess.PIPE) as reading:
+        writing = subprocess.run(sink, stdin=reading.stdout, check=False)
+    if reading.returncode or writing.returncode:
+        raise steps.ClusterError(f"copying failed: {' '.join(source)} | {' '.join(sink)}")
 
 
 def _asking_pod(name: str, *, image: str) -> dict[str, Any]:

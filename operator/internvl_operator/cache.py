@@ -19,7 +19,7 @@ class ObjectKey:
 
 
 class ObjectCache:
-    """Objects by kind, namespace and name; filled by events only."""
+    """Objects by kind, namespace and name; filled by events, listings and our own writes."""
 
     def __init__(self, *, owner_kind: str) -> None:
         self._owner_kind = owner_kind

@@ -4,6 +4,8 @@ Dimensions: the `config.json` files of the OpenGVLab/InternVL2_5-* repositories.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,38 @@ MODELS = {
 }
 """The 14 published models; the -MPO variants differ in weights alone."""
 
-TINY_SHAPES = ("tiny", "tiny-6b-vision")
-SYNTHETIC_SHAPES = (*TINY_SHAPES, *(f"InternVL2_5-{size}" for size in _SIZES))
+SYNTHETIC_SHAPES = ("tiny", "tiny-6b-vision")
+"""Shapes whose tokenizers the runtime can make up; the published ones need their vocabularies."""
 
-RUNTIME_VERSIONS = {"PyTorch": {"torch": "2.11.0"}}
-"""Versions in the default images, by backend; a contract test compares them with the lock files."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Release:
+    """What of a runtime release goes into keys."""
+
+    versions: Mapping[str, str]
+    """Of the packages that an engine depends on."""
+    converter_format: int
+    engine_format: int
+
+    def to_status(self) -> dict[str, Any]:
+        """Return the release as status records it."""
+        return {
+            "versions": dict(self.versions),
+            "converterFormat": self.converter_format,
+            "engineFormat": self.engine_format,
+        }
+
+    @classmethod
+    def from_status(cls, recorded: Mapping[str, Any]) -> "Release":
+        """Read what `to_status` has returned."""
+        return cls(
+            versions=recorded["versions"],
+            converter_format=recorded["converterFormat"],
+            engine_format=recorded["engineFormat"],
+        )
+
+
+RELEASES = {
+    "PyTorch": Release(versions={"torch": "2.11.0"}, converter_format=1, engine_format=1),
+}
+"""Releases in the default images, by backend; contract tests compare them with the runtime."""

@@ -80,15 +80,17 @@ def write(
 def list_transitions(
     conditions: Iterable[Condition], *, previous: Sequence[Mapping[str, Any]]
 ) -> list[Event]:
-    """Return an event for each child condition whose status or reason is new.
+    """Return an event for each condition whose status or reason is new.
 
-    `Ready` is left out until it is true: it repeats a child.
+    `Ready` is left out while it only repeats a child.
     """
+    conditions = tuple(conditions)
+    repeated = {child.reason for child in conditions if child.type is not Type.READY}
     before = {old["type"]: (old["status"] == "True", old["reason"]) for old in previous}
     return [
         Event(condition.reason, condition.message, condition.is_failure)
         for condition in conditions
         if before.get(condition.type.value) != (bool(condition.status), condition.reason)
-        and (condition.status or condition.type is not Type.READY)
+        and (condition.type is not Type.READY or condition.reason not in repeated)
         and condition.status is not None
     ]

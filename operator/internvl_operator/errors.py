@@ -2,6 +2,8 @@
 
 import enum
 
+_CONFLICT = 409
+
 
 class Reason(enum.StrEnum):
     """Reasons of conditions; users' automation reads them, so they are never renamed."""
@@ -20,6 +22,8 @@ class Reason(enum.StrEnum):
     UNSCHEDULABLE = "Unschedulable"
     VOLUME_NOT_BOUND = "VolumeNotBound"
     CRASH_LOOP = "CrashLoop"
+    NAME_TAKEN = "NameTaken"
+    QUOTA_EXCEEDED = "QuotaExceeded"
 
 
 class OperatorError(Exception):
@@ -42,6 +46,18 @@ class KubeError(OperatorError):
         super().__init__(f"{status}: {message}")
         self.status = status
         self.message = message
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the server has understood and will not do it: trying again will not help."""
+        return 400 <= self.status < 500  # noqa: PLR2004 - HTTP's client errors
+
+
+class NameTakenError(KubeError):
+    """Raised when a child's name belongs to someone else; told to the user."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_CONFLICT, message)
 
 
 class KubeNotFoundError(KubeError):

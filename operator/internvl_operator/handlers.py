@@ -1,13 +1,14 @@
 """kopf as the informer: events fill the cache and enqueue keys; nothing is decided here."""
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import kopf
 
-from internvl_operator import cache, kube, observe, reconcile, settings, workqueue
+from internvl_operator import cache, errors, kube, observe, reconcile, settings, workqueue
 from internvl_operator.api import v1alpha1
 from internvl_operator.resources import naming
 
@@ -41,6 +42,7 @@ CHILDREN = {
     "PersistentVolumeClaim": ChildKind("", "persistentvolumeclaims", {}),
 }
 _SECOND_LISTING_SECONDS = 15.0
+_RETRY_SECONDS = 2.0
 
 
 @dataclasses.dataclass
@@ -51,6 +53,7 @@ class Controller:
     objects: cache.ObjectCache = dataclasses.field(init=False)
     client: kube.Kube | None = None
     queue: workqueue.WorkQueue[cache.ObjectKey] = dataclasses.field(init=False)
+    progress: reconcile.ProgressReader = dataclasses.field(default_factory=reconcile.ProgressReader)
     tasks: "list[asyncio.Task[None]]" = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -63,8 +66,12 @@ class Controller:
         Without the listing, the first reconciliations would take children that
         no event has told of yet for absent.
         """
-        self.client = await kube.connect(on_write=self._remember)
-        await self._list_children()
+        if self.client is None:
+            self.client = await kube.connect(on_write=self._remember)
+        try:
+            await self._list_children()
+        except errors.KubeError as e:
+            raise kopf.TemporaryError(str(e), delay=_RETRY_SECONDS) from e
         self.tasks = [
             asyncio.create_task(self.queue.run(self.defaults.workers), name="workers"),
             asyncio.create_task(self._list_children_again(), name="second-listing"),
@@ -104,7 +111,9 @@ class Controller:
         if body is None or self.client is None:
             return None
         observation = self._observe(body)
-        return await reconcile.reconcile(observation, kube=self.client, defaults=self.defaults)
+        return await reconcile.reconcile(
+            observation, kube=self.client, defaults=self.defaults, progress=self.progress
+        )
 
     async def _list_children(self) -> None:
         if self.client is None:
@@ -118,8 +127,12 @@ class Controller:
 
     async def _list_children_again(self) -> None:
         """Drop what was deleted between the first listing and the begin of the watches."""
-        await asyncio.sleep(_SECOND_LISTING_SECONDS)
-        await self._list_children()
+        is_listed = False
+        while not is_listed:
+            await asyncio.sleep(_SECOND_LISTING_SECONDS)
+            with contextlib.suppress(errors.KubeError):
+                await self._list_children()
+                is_listed = True
         for key in self.objects.keys(v1alpha1.KIND):
             self.queue.add(key)
 

@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 SCHEMA = 1
-CONVERTER_FORMAT = 1
-ENGINE_FORMAT = 1
 
 
 def checkpoint_key(
-    *, weights: str, dtype: str, quantization: str, tensor_parallel_size: int
+    *,
+    weights: str,
+    dtype: str,
+    quantization: str,
+    tensor_parallel_size: int,
+    converter_format: int,
 ) -> str:
     """Return the key of a converted checkpoint."""
     return _key(
@@ -25,7 +28,7 @@ def checkpoint_key(
             "dtype": dtype,
             "quantization": quantization,
             "tensorParallelSize": tensor_parallel_size,
-            "converterFormat": CONVERTER_FORMAT,
+            "converterFormat": converter_format,
         },
     )
 
@@ -36,6 +39,7 @@ def engine_key(
     backend: str,
     architecture: str,
     versions: Mapping[str, str],
+    engine_format: int,
     build: Mapping[str, int],
 ) -> str:
     """Return the key of an engine."""
@@ -46,7 +50,7 @@ def engine_key(
             "backend": backend,
             "architecture": architecture,
             "versions": dict(versions),
-            "engineFormat": ENGINE_FORMAT,
+            "engineFormat": engine_format,
             "build": dict(build),
         },
     )

@@ -56,6 +56,14 @@ class Kube:
         )
         metrics.WRITES.labels("apply", manifest["kind"]).inc()
 
+    async def find(self, manifest: Body) -> Body | None:
+        """Return what has a manifest's kind and name, None if nothing has."""
+        try:
+            found: Body = json.loads(await self._request("GET", path_of(manifest)))
+        except errors.KubeNotFoundError:
+            return None
+        return found
+
     async def create(self, manifest: Body) -> None:
         """Create an object; raises KubeConflictError when it exists."""
         collection = path_of(manifest).rpartition("/")[0]

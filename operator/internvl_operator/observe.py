@@ -22,7 +22,7 @@ class Progress:
     @property
     def percent(self) -> int:
         """Return how much of the step is done, in percent."""
-        return 100 * self.done // self.total if self.total > 0 else 0
+        return min(100, max(0, 100 * self.done // self.total)) if self.total > 0 else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,13 +116,9 @@ def parse_progress(log: str) -> Progress | None:
     """Return the last progress line of a log."""
     for line in reversed(log.splitlines()):
         parsed = parse_json(line)
-        if parsed and {"stage", "step", "done", "total"} <= set(parsed):
-            return Progress(
-                stage=str(parsed["stage"]),
-                step=str(parsed["step"]),
-                done=int(parsed["done"]),
-                total=int(parsed["total"]),
-            )
+        match parsed:
+            case {"stage": str(stage), "step": str(step), "done": int(done), "total": int(total)}:
+                return Progress(stage=stage, step=step, done=done, total=total)
     return None
 
 
@@ -135,14 +131,19 @@ def running_container(pod: Object) -> str | None:
 
 
 def is_deployment_ready(deployment: Object | None) -> bool:
-    """Whether the newest template has a ready pod and the controller has seen it."""
+    """Whether the wanted replicas of the newest template are ready, and no other is left."""
     if deployment is None:
         return False
     status = deployment.get("status", {})
     is_observed: bool = status.get("observedGeneration", 0) >= deployment["metadata"]["generation"]
     wanted = deployment["spec"].get("replicas", 1)
     fresh = min(status.get("updatedReplicas", 0), status.get("availableReplicas", 0))
-    return is_observed and fresh >= max(wanted, 1) and status.get("replicas", 0) == wanted
+    return is_observed and fresh >= wanted and status.get("replicas", 0) == wanted
+
+
+def is_scaled_to_zero(deployment: Object | None) -> bool:
+    """Whether no replica is wanted."""
+    return deployment is not None and deployment["spec"].get("replicas", 1) == 0
 
 
 def select(objects: Iterable[Object], matches: Callable[[Object], bool]) -> tuple[Object, ...]:

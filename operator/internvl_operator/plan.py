@@ -31,7 +31,7 @@ class Plan:
     device: str
     architecture: str
     dtype: str
-    versions: Mapping[str, str]
+    release: catalog.Release
     build_flags: Mapping[str, int]
     claim_name: str
     source: Mapping[str, Any]
@@ -67,7 +67,7 @@ def make_plan(resource: v1alpha1.Resource, *, defaults: settings.Settings) -> Pl
         device=device,
         architecture=f"cpu-{defaults.cpu_architecture}",
         dtype=spec.engine.dtype,
-        versions=catalog.RUNTIME_VERSIONS[backend],
+        release=_choose_release(resource, backend),
         build_flags=flags,
         claim_name=claim_name,
         source=source,
@@ -86,12 +86,14 @@ def plan_keys(plan: Plan, *, weights: str) -> EngineKeys:
         dtype=plan.dtype,
         quantization=_QUANTIZATION,
         tensor_parallel_size=_TENSOR_PARALLEL_SIZE,
+        converter_format=plan.release.converter_format,
     )
     engine = keys.engine_key(
         checkpoint=checkpoint,
         backend=plan.backend,
         architecture=plan.architecture,
-        versions=plan.versions,
+        versions=plan.release.versions,
+        engine_format=plan.release.engine_format,
         build=plan.build_flags,
     )
     return EngineKeys(weights=weights, checkpoint=checkpoint, engine=engine)
@@ -115,8 +117,8 @@ def choose_images(resource: v1alpha1.Resource, *, defaults: settings.Settings) -
 
     So that an upgrade of the operator rolls no model by itself.
     """
-    recorded = resource.status.get("resolved", {})
-    if recorded.get("imageRevision") == image_revision(resource) and recorded.get("images"):
+    recorded = _recorded_choice(resource)
+    if recorded.get("images"):
         return Images(**recorded["images"])
     return Images(
         tools=defaults.tools_image,
@@ -131,6 +133,20 @@ def image_revision(resource: v1alpha1.Resource) -> str:
     return f"{resource.metadata.generation}/{upgrade}"
 
 
+def _choose_release(resource: v1alpha1.Resource, backend: str) -> catalog.Release:
+    """Return the release of the images that `choose_images` returns."""
+    recorded = _recorded_choice(resource)
+    if recorded.get("release") and recorded.get("backend") == backend:
+        return catalog.Release.from_status(recorded["release"])
+    return catalog.RELEASES[backend]
+
+
+def _recorded_choice(resource: v1alpha1.Resource) -> Mapping[str, Any]:
+    """Return what status has recorded for the spec and annotation as they are now."""
+    recorded: Mapping[str, Any] = resource.status.get("resolved", {})
+    return recorded if recorded.get("imageRevision") == image_revision(resource) else {}
+
+
 def _check_model_name(name: str | None) -> None:
     if name is not None and name not in catalog.MODELS:
         raise errors.SpecError(
@@ -141,7 +157,7 @@ def _check_model_name(name: str | None) -> None:
 
 
 def _check_engine(backend: str, device: str) -> None:
-    if backend not in catalog.RUNTIME_VERSIONS or device != "CPU":
+    if backend not in catalog.RELEASES or device != "CPU":
         raise errors.SpecError(
             f"engine {backend} on {device} is not offered by this version: set "
             "spec.engine.backend to PyTorch and spec.engine.device to CPU"
@@ -168,7 +184,7 @@ def _plan_synthetic(source: v1alpha1.SyntheticSource) -> dict[str, Any]:
             f"{', '.join(catalog.SYNTHETIC_SHAPES)}",
             reason=errors.Reason.MODEL_NOT_FOUND,
         )
-    if source.shape in catalog.TINY_SHAPES and source.family is None:
+    if source.family is None:
         raise errors.SpecError(
             f"spec.model.source.synthetic.family is needed for {source.shape}: qwen2 or internlm2"
         )

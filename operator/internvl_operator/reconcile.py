@@ -4,13 +4,15 @@
 observes, decides and acts; running it again changes nothing.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from internvl_operator import conditions, diagnose, errors, keys, metrics, observe, settings
+from internvl_operator import catalog, conditions, diagnose, errors, keys, observe, settings
 from internvl_operator import plan as plans
 from internvl_operator.api import v1alpha1
 from internvl_operator.conditions import Condition, Type
@@ -28,6 +30,8 @@ class Apply:
     """Create or change a child of one resource, by server-side apply."""
 
     manifest: Manifest
+    is_new: bool
+    """No child of ours is known: what has its name may be someone else's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,10 @@ class Kube(Protocol):
         """Create or change an object by server-side apply."""
         ...
 
+    async def find(self, manifest: Manifest) -> observe.Object | None:
+        """Return what has a manifest's kind and name, None if nothing has."""
+        ...
+
     async def create(self, manifest: Manifest) -> None:
         """Create an object; raises KubeConflictError when it exists."""
         ...
@@ -98,16 +106,54 @@ class Kube(Protocol):
         ...
 
 
+class ProgressReader:
+    """Reads the progress lines of running builds, each at most every few seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._read: dict[str, tuple[float, observe.Progress | None]] = {}
+
+    async def read(self, job: observe.Job, kube: Kube) -> observe.Progress | None:
+        """Return the last progress of a Job that has a running container."""
+        pod = job.pods[-1] if job.pods else None
+        container = observe.running_container(pod) if pod else None
+        if pod is None or container is None:
+            self._read.pop(job.name, None)
+            return None
+        read_at, progress = self._read.get(job.name, (float("-inf"), None))
+        if self._clock() - read_at >= PROGRESS_INTERVAL_SECONDS:
+            with contextlib.suppress(errors.KubeError):
+                log = await kube.read_log(pod, container=container, lines=_LOG_LINES)
+                progress = observe.parse_progress(log) or progress
+            self._read[job.name] = (self._clock(), progress)
+        return progress
+
+
 async def reconcile(
-    observation: observe.Observation, *, kube: Kube, defaults: settings.Settings
+    observation: observe.Observation,
+    *,
+    kube: Kube,
+    defaults: settings.Settings,
+    progress: ProgressReader,
 ) -> float | None:
-    """Bring one resource forward; returns after how many seconds to look again, if at all."""
+    """Bring one resource forward; returns after how many seconds to look again, if at all.
+
+    What the API server refuses becomes the condition `Ready`, and the error is
+    raised for the queue to try again.
+    """
     if observation.resource.metadata.deletion_timestamp:
         return None
-    observation = await _with_progress(observation, kube)
+    observation = await _with_progress(observation, progress, kube)
     decision = decide(observation, defaults=defaults)
-    for action in decision.actions:
-        await _act(action, kube)
+    try:
+        for action in decision.actions:
+            await _act(action, observation.resource, kube)
+    except errors.KubeConflictError:
+        raise
+    except errors.KubeError as e:
+        if e.is_refusal:
+            await _write_status(observation.resource, _refused(decision, e), kube)
+        raise
     await _write_status(observation.resource, decision, kube)
     return PROGRESS_INTERVAL_SECONDS if decision.is_building else None
 
@@ -119,11 +165,12 @@ def decide(observation: observe.Observation, *, defaults: settings.Settings) -> 
         return _Path(observation, plan, defaults).walk()
     except errors.SpecError as e:
         failed = _not(Type.VALIDATED, e.reason, e.message, is_failure=True)
-        resolved = observation.resource.status.get("resolved", {})
+        before = observation.resource.status
+        kept: dict[str, Any] = {x: before[x] for x in ("resolved", "keys") if x in before}
         return Decision(
             actions=(),
             conditions=(failed, conditions.roll_up([failed])),
-            status={"phase": "Invalid", "resolved": resolved, **_serving_status(observation)},
+            status={"phase": "Invalid", **kept, **_serving_status(observation)},
             is_building=False,
         )
 
@@ -143,7 +190,11 @@ class _Path:
         self._plan = plan
         self._images = plans.choose_images(observation.resource, defaults=defaults)
         self._context = jobs.JobContext(
-            resource=observation.resource, plan=plan, images=self._images, defaults=defaults
+            resource=observation.resource,
+            plan=plan,
+            images=self._images,
+            claim_uid=self._claim_uid(),
+            defaults=defaults,
         )
         self._defaults = defaults
         self._actions: list[Action] = []
@@ -152,14 +203,18 @@ class _Path:
         self._known = self._read_known()
         self._phase = "Pending"
         self._active: observe.Job | None = None
+        self._is_outdated = False
+        """What was recorded about the source does not hold any more: resolve it again."""
 
     def walk(self) -> Decision:
         """Walk as far as possible."""
         weights = self._resolve()
         addresses = plans.plan_keys(self._plan, weights=weights) if weights else None
-        if addresses and self._make_checkpoint(addresses) and self._make_engine(addresses):
-            self._serve(addresses)
-        self._leave_unwanted_jobs()
+        if addresses and self._is_named_model():
+            self._forget_other(addresses)
+            if self._make_checkpoint(addresses) and self._make_engine(addresses):
+                self._serve(addresses)
+            self._leave_unwanted_jobs()
         self._fill_conditions()
         ready = conditions.roll_up(self._conditions)
         return Decision(
@@ -196,14 +251,34 @@ class _Path:
         if result is None:
             self._actions.append(Delete(job))
             return None
-        plans.check_dimensions(self._resource.spec.model.name, result.get("dimensions", {}))
         self._known = self._published_of(result)
         return str(result["weights"])
+
+    def _is_named_model(self) -> bool:
+        """Whether the weights are of the model that the spec names, if it names one."""
+        try:
+            plans.check_dimensions(
+                self._resource.spec.model.name, self._known.get("dimensions", {})
+            )
+        except errors.SpecError as e:
+            self._phase = "Invalid"
+            self._conditions = [_not(Type.VALIDATED, e.reason, e.message, is_failure=True)]
+            return False
+        return True
+
+    def _forget_other(self, addresses: plans.EngineKeys) -> None:
+        """Believe what is recorded as published only if it is what is wanted now."""
+        known = dict(self._known)
+        for flag, field in (("hasCheckpoint", "checkpoint"), ("hasEngine", "engine")):
+            is_wanted = known.get(field) == getattr(addresses, field)
+            known[flag] = bool(known.get(flag)) and is_wanted
+        self._known = known
 
     def _published_of(self, result: Mapping[str, Any]) -> dict[str, Any]:
         addresses = plans.plan_keys(self._plan, weights=str(result["weights"]))
         return {
-            "weights": addresses.weights,
+            **dataclasses.asdict(addresses),
+            "dimensions": _identifying(result.get("dimensions", {})),
             "hasCheckpoint": addresses.checkpoint in result.get("checkpoints", ()),
             "hasEngine": addresses.engine in result.get("engines", ()),
         }
@@ -212,7 +287,7 @@ class _Path:
         if self._known.get("hasCheckpoint") or self._known.get("hasEngine"):
             return self._weights_are_ready()
         manifest = jobs.build_checkpoint_job(self._context, addresses)
-        job = self._run(jobs.checkpoint_name(addresses.checkpoint), manifest)
+        job = self._run(manifest["metadata"]["name"], manifest)
         if job is not None and job.is_finished:
             self._known = {**self._known, "hasCheckpoint": True}
             return self._weights_are_ready()
@@ -229,7 +304,7 @@ class _Path:
     def _make_engine(self, addresses: plans.EngineKeys) -> bool:
         if not self._known.get("hasEngine"):
             manifest = jobs.build_engine_job(self._context, addresses)
-            job = self._run(jobs.engine_name(addresses.engine), manifest)
+            job = self._run(manifest["metadata"]["name"], manifest)
             if job is None or not job.is_finished:
                 self._phase = "Building"
                 self._note(Type.ENGINE_READY, job, "Building", "building and verifying the engine")
@@ -254,22 +329,22 @@ class _Path:
             (service, self._seen.service),
         ):
             if live is None or differ.differs(manifest, live):
-                self._actions.append(Apply(manifest))
+                self._actions.append(Apply(manifest, is_new=live is None))
+        self._conditions.append(self._judge_serving())
+
+    def _judge_serving(self) -> Condition:
         self._phase = "Starting"
         finding = diagnose.diagnose_serving(self._seen.pods)
         if observe.is_deployment_ready(self._seen.deployment) and not self._actions:
+            if observe.is_scaled_to_zero(self._seen.deployment):
+                self._phase = "ScaledToZero"
+                return _not(Type.RUNTIME_READY, "ScaledToZero", "0 replicas are wanted")
             self._phase = "Ready"
-            self._conditions.append(
-                _is(Type.RUNTIME_READY, "Serving", f"{self._ready_replicas()} replicas are ready")
-            )
-        elif finding:
-            self._conditions.append(
-                _not(Type.RUNTIME_READY, finding.reason, finding.message, is_failure=True)
-            )
-        else:
-            self._conditions.append(
-                _not(Type.RUNTIME_READY, "Starting", "the runtime is loading the engine")
-            )
+            ready = f"{self._ready_replicas()} replicas are ready"
+            return _is(Type.RUNTIME_READY, "Serving", ready)
+        if finding:
+            return _not(Type.RUNTIME_READY, finding.reason, finding.message, is_failure=True)
+        return _not(Type.RUNTIME_READY, "Starting", "the runtime is loading the engine")
 
     def _run(self, name: str, manifest: Manifest) -> observe.Job | None:
         """Want a Job: create it, adopt it, or take it as it is."""
@@ -290,6 +365,7 @@ class _Path:
             finding = diagnose.diagnose_job(job)
             self._phase = "Failed"
             self._conditions.append(_not(type_, finding.reason, finding.message, is_failure=True))
+            self._is_outdated = finding.reason is errors.Reason.DIGEST_MISMATCH
             return
         self._active = job
         waiting = diagnose.diagnose_waiting(job.pods[-1]) if job and job.pods else None
@@ -324,19 +400,21 @@ class _Path:
                 "device": plan.device,
                 "model": self._resource.spec.model.name or _model_label(plan.source),
                 "images": dataclasses.asdict(self._images),
+                "release": plan.release.to_status(),
                 "imageRevision": plans.image_revision(self._resource),
                 "gpus": 0,
                 "buildFlags": dict(plan.build_flags),
             },
             **_serving_status(self._seen),
         }
-        if addresses:
+        if addresses and not self._is_outdated:
             known = {x: bool(self._known.get(x)) for x in ("hasCheckpoint", "hasEngine")}
             status["keys"] = {
                 "request": plan.request,
                 "claim": self._claim_uid(),
                 **dataclasses.asdict(addresses),
                 **known,
+                "dimensions": self._known.get("dimensions", {}),
             }
         if self._active:
             status["build"] = _build_status(self._active)
@@ -380,6 +458,24 @@ def _serving_status(observation: observe.Observation) -> dict[str, Any]:
     }
 
 
+def _identifying(dimensions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the dimensions that tell one published model from another."""
+    fields = [field.name for field in dataclasses.fields(catalog.Dimensions)]
+    return {field: dimensions[field] for field in fields if field in dimensions}
+
+
+def _refused(decision: Decision, error: errors.KubeError) -> Decision:
+    """Return a decision whose `Ready` says what the API server has refused."""
+    is_quota = "exceeded quota" in error.message
+    reason = errors.Reason.QUOTA_EXCEEDED if is_quota else errors.Reason.INVALID_SPEC
+    if isinstance(error, errors.NameTakenError):
+        reason = errors.Reason.NAME_TAKEN
+    ready = _not(Type.READY, reason, error.message, is_failure=True)
+    others = [condition for condition in decision.conditions if condition.type is not Type.READY]
+    status = {**decision.status, "phase": "Failed"}
+    return dataclasses.replace(decision, conditions=(*others, ready), status=status)
+
+
 def _model_label(source: Mapping[str, Any]) -> str:
     if "synthetic" in source:
         return f"synthetic {source['synthetic']['shape']}"
@@ -400,23 +496,23 @@ def _is_owner(resource: v1alpha1.Resource, job: observe.Job) -> bool:
     return any(owner["uid"] == resource.metadata.uid for owner in job.owners)
 
 
-async def _with_progress(observation: observe.Observation, kube: Kube) -> observe.Observation:
-    """Read the last progress line of each build of this resource that runs."""
-    found = dict(observation.jobs)
-    for name, job in observation.jobs.items():
-        container = observe.running_container(job.pods[-1]) if job.pods else None
-        if container and _is_owner(observation.resource, job):
-            try:
-                log = await kube.read_log(job.pods[-1], container=container, lines=_LOG_LINES)
-            except errors.KubeError:
-                continue
-            found[name] = dataclasses.replace(job, progress=observe.parse_progress(log))
-    return dataclasses.replace(observation, jobs=found)
+async def _with_progress(
+    observation: observe.Observation, progress: ProgressReader, kube: Kube
+) -> observe.Observation:
+    """Add the progress of each Job of this resource."""
+    found = {
+        name: dataclasses.replace(job, progress=await progress.read(job, kube))
+        for name, job in observation.jobs.items()
+        if _is_owner(observation.resource, job)
+    }
+    return dataclasses.replace(observation, jobs={**observation.jobs, **found})
 
 
-async def _act(action: Action, kube: Kube) -> None:
+async def _act(action: Action, resource: v1alpha1.Resource, kube: Kube) -> None:
     match action:
-        case Apply(manifest):
+        case Apply(manifest, is_new):
+            if is_new:
+                _check_is_ours(await kube.find(manifest), resource)
             await kube.apply(manifest)
         case Create(manifest):
             try:
@@ -427,6 +523,18 @@ async def _act(action: Action, kube: Kube) -> None:
             await kube.set_owners(job.body, owners)
         case Delete(job):
             await kube.delete(job.body)
+
+
+def _check_is_ours(live: observe.Object | None, resource: v1alpha1.Resource) -> None:
+    """Refuse to take over what someone else has made; raises NameTakenError."""
+    if live is None:
+        return
+    owners = live["metadata"].get("ownerReferences", ())
+    if not any(o.get("controller") and o["uid"] == resource.metadata.uid for o in owners):
+        raise errors.NameTakenError(
+            f"{live['kind']} {live['metadata']['name']} exists and is not of this resource: "
+            "remove it, or give the resource another name"
+        )
 
 
 async def _write_status(resource: v1alpha1.Resource, decision: Decision, kube: Kube) -> None:
@@ -445,6 +553,5 @@ async def _write_status(resource: v1alpha1.Resource, decision: Decision, kube: K
     if status == resource.status:
         return
     await kube.apply_status(resource, status)
-    metrics.RECONCILES.labels("changed").inc()
     for event in conditions.list_transitions(decision.conditions, previous=previous):
         await kube.post_event(resource, event)

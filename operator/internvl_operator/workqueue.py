@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from internvl_operator import metrics
+from internvl_operator import errors, metrics
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,13 @@ class WorkQueue(Generic[K]):
         self._waiting: set[K] = set()
         self._running: set[K] = set()
         self._again: set[K] = set()
+        self._gone: set[K] = set()
         self._failures: dict[K, int] = {}
         self._timers: dict[K, asyncio.TimerHandle] = {}
 
     def add(self, key: K) -> None:
         """Ask for work on a key; many calls before it begins are one."""
+        self._gone.discard(key)
         if key in self._running:
             self._again.add(key)
         elif key not in self._waiting:
@@ -44,7 +46,9 @@ class WorkQueue(Generic[K]):
             metrics.QUEUE_DEPTH.set(self._ready.qsize())
 
     def forget(self, key: K) -> None:
-        """Drop the timers of a key that is gone."""
+        """Drop a key that is gone: it comes back only when it is added again."""
+        if key in self._running:
+            self._gone.add(key)
         self._failures.pop(key, None)
         timer = self._timers.pop(key, None)
         if timer:
@@ -59,11 +63,15 @@ class WorkQueue(Generic[K]):
     async def _run_worker(self) -> None:
         while True:
             key = await self._ready.get()
+            metrics.QUEUE_DEPTH.set(self._ready.qsize())
             self._waiting.discard(key)
             self._running.add(key)
             delay = await self._work_on(key)
             self._running.discard(key)
-            if key in self._again:
+            if key in self._gone:
+                self._gone.discard(key)
+                self._again.discard(key)
+            elif key in self._again:
                 self._again.discard(key)
                 self.add(key)
             else:
@@ -73,6 +81,9 @@ class WorkQueue(Generic[K]):
         started = time.monotonic()
         try:
             delay = await self._work(key)
+        except errors.KubeConflictError as e:
+            logger.info("reconciling %s again: %s", key, e)
+            delay = _FIRST_BACKOFF_SECONDS
         except Exception:
             failures = self._failures[key] = self._failures.get(key, 0) + 1
             delay = backoff_seconds(failures)

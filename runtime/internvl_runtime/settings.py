@@ -28,7 +28,7 @@ class Settings(pydantic_settings.BaseSettings):
     """Port of `/metrics`, apart from the API so that it is never exposed with it; 0: none."""
 
     served_model_names: tuple[str, ...] = ()
-    """Names that requests may use in `model`; empty means the name the engine was built with."""
+    """Names that requests may use in `model`; empty: the first 12 digits of the engine's key."""
 
     max_image_bytes: int = 20 * 2**20
     """Largest encoded picture that is accepted, in bytes."""
@@ -39,8 +39,11 @@ class Settings(pydantic_settings.BaseSettings):
     max_queued_requests: int = 256
     """Requests that may wait for the engine; one more gets a 429. Higher means longer waits."""
 
-    max_request_bytes: int = 128 * 2**20
+    max_request_bytes: int = 64 * 2**20
     """Largest request body, in bytes: base64 pictures count with a third more."""
+
+    preparation_threads: int = 2
+    """Requests whose pictures and text are prepared at the same time; the others wait."""
 
     worker_start_seconds: float = 1800.0
     """How long the engine worker may take to load before the server gives up."""

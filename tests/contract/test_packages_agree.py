@@ -45,13 +45,16 @@ def test_checkpoint_keys_are_equal(inputs):
     theirs = runtime_keys.key_of(
         runtime_keys.Kind.CHECKPOINTS, runtime_keys.checkpoint_inputs(**inputs)
     )
-    assert operator_keys.checkpoint_key(**inputs) == theirs
+    release = catalog.RELEASES["PyTorch"]
+    ours = operator_keys.checkpoint_key(**inputs, converter_format=release.converter_format)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("inputs", ENGINES)
 def test_engine_keys_are_equal(inputs):
     theirs = runtime_keys.key_of(runtime_keys.Kind.ENGINES, runtime_keys.engine_inputs(**inputs))
-    assert operator_keys.engine_key(**inputs) == theirs
+    release = catalog.RELEASES["PyTorch"]
+    assert operator_keys.engine_key(**inputs, engine_format=release.engine_format) == theirs
 
 
 def test_every_reason_of_the_runtime_is_known_to_the_operator():
@@ -86,11 +89,7 @@ def test_the_operator_sends_the_build_flags_that_the_runtime_reads():
 
 
 def test_the_catalog_has_the_runtimes_shapes_and_dimensions():
-    assert set(catalog.SYNTHETIC_SHAPES) == {
-        shapes.TINY,
-        shapes.TINY_6B_VISION,
-        *shapes.PUBLISHED,
-    }
+    assert set(catalog.SYNTHETIC_SHAPES) == {shapes.TINY, shapes.TINY_6B_VISION}
     for name, model in shapes.PUBLISHED.items():
         for variant in ("", "-MPO"):
             known = catalog.MODELS[name + variant]
@@ -101,7 +100,7 @@ def test_the_catalog_has_the_runtimes_shapes_and_dimensions():
 
 def test_the_operators_versions_are_those_of_the_lock_file():
     locked = (ROOT / "requirements" / "runtime-pytorch.txt").read_text()
-    for package, version in catalog.RUNTIME_VERSIONS["PyTorch"].items():
+    for package, version in catalog.RELEASES["PyTorch"].versions.items():
         assert re.search(rf"^{package}=={re.escape(version)}\b", locked, re.MULTILINE)
 
 

@@ -1,9 +1,8 @@
-import sys
 from pathlib import Path
 
 import pytest
 import runtime_process
-from internvl_runtime.artifacts import shapes, synthesize
+from internvl_runtime.artifacts import shapes
 from internvl_runtime.model import config
 
 CASES = [
@@ -19,7 +18,6 @@ def synthesize_checkpoint(folder, shape, family, seed=5):
         "--output", folder, cache="/nonexistent",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert synthesize.FORMAT
     return Path(folder)
 
 
@@ -43,6 +41,3 @@ def qwen_engine(qwen_checkpoint, tmp_path_factory):
 def server(qwen_engine):
     with runtime_process.serve(qwen_engine) as running:
         yield running
-
-
-assert sys.version_info >= (3, 11)

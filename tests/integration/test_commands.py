@@ -108,9 +108,9 @@ def test_a_damaged_answer_fails_verification(qwen_engine, tmp_path):
     other = [dict(entry) for entry in json.loads(recorded.read_text())]
     other[0]["token_ids"][0] += 1
     size = recorded.stat().st_size
-    recorded.write_text(json.dumps(other, indent=2).ljust(size))
+    recorded.write_text(json.dumps(other).ljust(size))
 
     done = runtime_process.run("verify", "--engine", recorded.parent, cache=cache)
 
     assert done.returncode == 80
-    assert "the build recorded" in done.stderr or "bytes" in done.stderr
+    assert "the build recorded" in done.stderr

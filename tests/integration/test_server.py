@@ -90,6 +90,9 @@ REFUSED = [
     ({"max_tokens": 10**6}, 400, "ask for at most"),
     ({"temperature": 3}, 400, "temperature"),
     ({"n": 2}, 400, "n is not offered"),
+    ({"seed": 2**64}, 400, "seed"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
+    ({"messages": [{"role": "user", "content": "x" * 5_000_000}]}, 400, "characters"),
     ({"tools": [{"type": "function"}]}, 400, "tools is not offered"),
     ({"messages": image_message("data:image/png;base64,aGVsbG8=")}, 400, "can not be read"),
     ({"messages": image_message("https://example.com/a.png")}, 400, "scheme"),
@@ -111,6 +114,22 @@ def test_a_bad_request_is_told_what_is_wrong(server, change, status, words):
     error = answer.json()["error"]
     assert words in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_a_body_above_the_limit_is_refused_with_the_limit(server):
+    answer = httpx.post(
+        f"{server.url}/v1/chat/completions", content=iter([b"x" * 2**20] * 65), timeout=60
+    )
+    assert answer.status_code == 413
+    assert str(64 * 2**20) in answer.json()["error"]["message"]
+
+
+def test_broken_pictures_leave_no_tiles_behind(server):
+    whole = pictures.data_url(pictures.draw(300, 300))
+    content = [part for url in (whole, whole[:3000]) for part in image_message(url)[0]["content"]]
+    for _ in range(3):
+        assert ask(server, messages=[{"role": "user", "content": content}]).status_code == 400
+    assert not list(Path("/dev/shm").glob("internvl-tiles-*"))
 
 
 def test_a_body_that_is_no_json_is_refused(server):

@@ -149,9 +149,10 @@ class Client:
             ["get", "events", "--sort-by=.metadata.creationTimestamp"],
         )
         parts = [self._try(*arguments) for arguments in views]
-        for pod in self.list_objects("pods"):
-            name = pod["metadata"]["name"]
-            parts.append(f"--- log of {name}\n" + self._try("logs", name, "--all-containers"))
+        pods = self._try("get", "pods", "-o", "name").split()
+        parts += [
+            f"--- log of {pod}\n" + self._try("logs", pod, "--all-containers") for pod in pods
+        ]
         operator = ["--namespace=internvl-system", "logs", "deploy/internvl-operator", "--tail=40"]
         parts.append("--- log of the operator\n" + self._try(*operator))
         return "\n".join(parts)

@@ -11,9 +11,9 @@ def snapshot() -> dict[str, set[str]]:
         "processes": _processes(),
         "mounts": _mounts(),
         "links": {link["ifname"] for link in json.loads(_run("ip", "-json", "link"))},
-        "namespaces": set(_run("ip", "netns", "list").split()),
-        "tables": set(_run("nft", "list", "tables").splitlines()),
-        "cgroups": {str(p) for p in Path("/sys/fs/cgroup").glob("*/internvl*")},
+        "namespaces": set(_run("lsns", "--noheadings", "--type=net", "--output=NS").split()),
+        "tables": set(_run("nft", "list", "ruleset").splitlines()),
+        "cgroups": {str(path) for path in Path("/sys/fs/cgroup").rglob("internvl*")},
     }
 
 

@@ -16,13 +16,12 @@ def main() -> int:
     down = commands.add_parser("down", help="take the cluster down")
     down.add_argument("--purge", action="store_true", help="remove images and tools too")
     commands.add_parser("status", help="show processes and node")
-    commands.add_parser("kubeconfig", help="print the kubeconfig's path")
     arguments = parser.parse_args()
     where = layout.default_layout()
     try:
         return _run(arguments, where)
     except steps.ClusterError as e:
-        steps.console.print(f"[red]✗[/] {e}", markup=True)
+        steps.show_error(e)
         return 1
 
 
@@ -34,8 +33,6 @@ def _run(arguments: argparse.Namespace, where: layout.Layout) -> int:
             cluster.down(where, purge=arguments.purge)
         case "status":
             return 0 if cluster.status(where) else 1
-        case "kubeconfig":
-            print(where.kubeconfig)
     return 0
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -71,6 +72,8 @@ def _up(where: layout.Layout, gpus: Gpus) -> None:
 
 
 def _down(where: layout.Layout) -> None:
+    if not where.state.exists():
+        return
     with steps.step("stop the pods"):
         _remove_containers(where)
     with steps.step("stop the processes"):
@@ -155,8 +158,8 @@ def _wait_until_ready(where: layout.Layout) -> None:
         check = steps.Check([*admin, "get", "--raw=/readyz"], expects="ok")
         steps.wait_for("API server", check, seconds=_READY_SECONDS, hint=hint)
     with steps.step("wait for the registry"):
-        check = steps.Check(["curl", "--noproxy", "*", "-fs", f"http://{layout.REGISTRY}/v2/"])
-        steps.wait_for("registry", check, seconds=_READY_SECONDS, hint=hint)
+        answers = functools.partial(images.is_answering, f"http://{layout.REGISTRY}/v2/")
+        steps.wait_for("registry", answers, seconds=_READY_SECONDS, hint=hint)
     with steps.step("wait for the node"):
         path = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
         check = steps.Check([*admin, "get", "node", layout.NODE_NAME, "-o", path], expects="True")
@@ -170,7 +173,7 @@ def _apply_manifests(where: layout.Layout, gpus: Gpus) -> None:
         labels = _gpu_labels(gpus)
         kubectl(where, "label", "--overwrite", "node", layout.NODE_NAME, *labels)
     with steps.step("wait for DNS"):
-        check = steps.Check(["curl", "--noproxy", "*", "-fs", f"{layout.NODE_ADDRESS}:8181/ready"])
+        check = functools.partial(images.is_answering, f"http://{layout.NODE_ADDRESS}:8181/ready")
         hint = f"the logs are in {where.logs}"
         steps.wait_for("DNS", check, seconds=_READY_SECONDS, hint=hint)
 

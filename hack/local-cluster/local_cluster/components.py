@@ -58,8 +58,8 @@ def _component(where: layout.Layout, program: str, **flags: object) -> Component
 
 
 def _etcd(where: layout.Layout) -> Component:
-    client = f"http://{layout.NODE_ADDRESS}:2379"
-    peer = f"http://{layout.NODE_ADDRESS}:2380"
+    client = f"https://{layout.NODE_ADDRESS}:2379"
+    peer = "http://127.0.0.1:12380"
     return _component(
         where,
         "etcd",
@@ -70,6 +70,10 @@ def _etcd(where: layout.Layout) -> Component:
         initial_advertise_peer_urls=peer,
         initial_cluster=f"default={peer}",
         logger="zap",
+        client_cert_auth="true",
+        trusted_ca_file=where.pki / "ca.crt",
+        cert_file=where.pki / "etcd.crt",
+        key_file=where.pki / "etcd.key",
     )
 
 
@@ -78,7 +82,10 @@ def _apiserver(where: layout.Layout) -> Component:
     return _component(
         where,
         "kube-apiserver",
-        etcd_servers=f"http://{layout.NODE_ADDRESS}:2379",
+        etcd_servers=f"https://{layout.NODE_ADDRESS}:2379",
+        etcd_cafile=pki / "ca.crt",
+        etcd_certfile=pki / "apiserver-etcd.crt",
+        etcd_keyfile=pki / "apiserver-etcd.key",
         bind_address=layout.NODE_ADDRESS,
         advertise_address=layout.NODE_ADDRESS,
         secure_port=layout.API_PORT,

@@ -1,7 +1,6 @@
 """The node's address and links, and the rule that keeps test traffic at home."""
 
 import json
-import shutil
 from pathlib import Path
 
 from local_cluster import layout, steps
@@ -27,7 +26,8 @@ def ensure_network(where: layout.Layout) -> None:
     before = where.state / "network-before.json"
     if not before.exists():
         before.parent.mkdir(parents=True, exist_ok=True)
-        before.write_text(json.dumps({"forwarding": _FORWARDING.read_text().strip()}))
+        found = {"forwarding": _FORWARDING.read_text().strip(), "tables": _tables()}
+        before.write_text(json.dumps(found))
     if layout.NODE_LINK not in _links():
         steps.run(["ip", "link", "add", layout.NODE_LINK, "type", "bridge"])
     address = f"{layout.NODE_ADDRESS}/32"
@@ -38,18 +38,25 @@ def ensure_network(where: layout.Layout) -> None:
 
 
 def remove_network(where: layout.Layout) -> None:
-    """Remove links and tables, and restore what `ensure_network` has changed."""
+    """Remove what was not there before `ensure_network`, and restore what it has changed."""
+    file = where.state / "network-before.json"
+    if not file.exists():
+        return
+    before = json.loads(file.read_text())
     for link in (layout.POD_LINK, layout.NODE_LINK):
         if link in _links():
             steps.run(["ip", "link", "delete", link])
-    if shutil.which("nft"):
-        tables = steps.run(["nft", "list", "tables"])
-        for table in (f"inet {layout.NFT_TABLE}", *_PROXY_TABLES):
-            if f"table {table}\n" in tables:
-                steps.run(["nft", "delete", "table", *table.split()])
-    before = where.state / "network-before.json"
-    if before.exists():
-        _FORWARDING.write_text(json.loads(before.read_text())["forwarding"])
+    made = set(_tables()) - set(before["tables"])
+    for table in made & {f"inet {layout.NFT_TABLE}", *_PROXY_TABLES}:
+        steps.run(["nft", "delete", "table", *table.split()])
+    _FORWARDING.write_text(before["forwarding"])
+
+
+def _tables() -> list[str]:
+    """Return the nftables tables, for example `ip kube-proxy`."""
+    return [
+        line.removeprefix("table ") for line in steps.run(["nft", "list", "tables"]).splitlines()
+    ]
 
 
 def _links() -> set[str]:

@@ -51,6 +51,8 @@ CLIENTS = (
 
 _OTHERS = (
     Identity("apiserver", "kube-apiserver", hosts=_API_HOSTS),
+    Identity("etcd", "etcd", hosts=_NODE_HOSTS),
+    Identity("apiserver-etcd", "kube-apiserver-etcd-client"),
     Identity("apiserver-kubelet", "kube-apiserver-kubelet-client", ("system:masters",)),
     Identity("service-accounts", "service-accounts"),
 )

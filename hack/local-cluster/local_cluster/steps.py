@@ -1,12 +1,16 @@
 """Shows what is being done and how long it has taken."""
 
 import contextlib
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import rich.console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from local_cluster import layout
 
 console = rich.console.Console(highlight=False)
 _TAIL_LINES = 25
@@ -18,12 +22,18 @@ class ClusterError(Exception):
 
 @contextlib.contextmanager
 def step(words: str) -> Iterator[None]:
-    """Show a step with its elapsed time; a spinner on a terminal."""
+    """Show a step with its elapsed time; off a terminal, its beginning and its end."""
     started = time.monotonic()
-    with console.status(f"{words} ..."):
+    if not console.is_terminal:
+        console.print(f"  … {words}", markup=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        bar.add_task(words)
         yield
     elapsed = time.monotonic() - started
-    console.print(f"  [green]✓[/] {words} [dim]{elapsed:.1f} s[/]")
+    console.print(f"  ✓ {words} {elapsed:.1f} s", markup=False, style="green")
 
 
 def run(
@@ -36,7 +46,7 @@ def run(
     """Run a command quietly; raises ClusterError with the end of its output when it fails."""
     done = subprocess.run(
         [str(part) for part in command],
-        env=env,
+        env={**(env or os.environ), "NO_PROXY": _without_proxy(), "no_proxy": _without_proxy()},
         cwd=cwd,
         input=input_text,
         text=True,
@@ -49,6 +59,17 @@ def run(
         words = " ".join(map(str, command))
         raise ClusterError(f"{words}\nended with exit code {done.returncode}:\n{tail}")
     return done.stdout
+
+
+def show_error(error: ClusterError) -> None:
+    """Print an error as it is."""
+    console.print(f"✗ {error}", markup=False, style="red", soft_wrap=True)
+
+
+def _without_proxy() -> str:
+    """Return the addresses that no proxy can reach, with those of the user."""
+    ours = f"127.0.0.1,localhost,{layout.TEST_NETWORK},{layout.NODE_ADDRESS}"
+    return ",".join(filter(None, [os.environ.get("NO_PROXY", ""), ours]))
 
 
 def wait_for(words: str, check: Callable[[], bool], *, seconds: float, hint: str) -> None:

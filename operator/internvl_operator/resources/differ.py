@@ -5,12 +5,9 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-_QUANTITY = re.compile(r"^([0-9.]+)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")
-_FACTORS = {
-    "": Decimal(1), "m": Decimal("0.001"), "k": Decimal(10**3), "M": Decimal(10**6),
-    "G": Decimal(10**9), "T": Decimal(10**12), "P": Decimal(10**15), "Ki": Decimal(2**10),
-    "Mi": Decimal(2**20), "Gi": Decimal(2**30), "Ti": Decimal(2**40), "Pi": Decimal(2**50),
-}  # fmt: skip
+_QUANTITY = re.compile(r"^([0-9]+(?:\.[0-9]*)?)(?:[eE]([+-]?[0-9]+)|([numkMGTPE]|[KMGTPE]i))?$")
+_DECIMAL_PREFIXES = {"n": -9, "u": -6, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_BINARY_PREFIXES = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50, "Ei": 60}
 
 
 def differs(desired: Any, live: Any) -> bool:
@@ -44,5 +41,11 @@ def _are_equal_quantities(one: object, other: object) -> bool:
 
 
 def _parse(text: str) -> Decimal | None:
+    """Return the value of a Kubernetes quantity, None for any other text."""
     match = _QUANTITY.match(text)
-    return Decimal(match[1]) * _FACTORS[match[2] or ""] if match else None
+    if match is None:
+        return None
+    number, exponent, suffix = match.groups()
+    if suffix in _BINARY_PREFIXES:
+        return Decimal(number) * Decimal(2) ** _BINARY_PREFIXES[suffix]
+    return Decimal(number).scaleb(int(exponent or _DECIMAL_PREFIXES.get(suffix, 0)))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from internvl_operator import plan as plans
 from internvl_operator import settings
 from internvl_operator.api import v1alpha1
+from internvl_operator.keys import short_hash
 from internvl_operator.resources import Manifest, naming
 
 CACHE_FOLDER = "/cache"
@@ -28,6 +29,7 @@ class JobContext:
     resource: v1alpha1.Resource
     plan: plans.Plan
     images: plans.Images
+    claim_uid: str
     defaults: settings.Settings
 
 
@@ -36,21 +38,21 @@ def resolve_name(request: str) -> str:
     return naming.name_for("ivl-resolve", request)
 
 
-def checkpoint_name(key: str) -> str:
-    """Return the name of the Job that makes a checkpoint."""
-    return naming.name_for("ivl-checkpoint", key[:12])
+def checkpoint_name(key: str, *, claim_uid: str) -> str:
+    """Return the name of the Job that makes a checkpoint in a claim."""
+    return naming.name_for("ivl-checkpoint", key[:12], short_hash(claim_uid)[:6])
 
 
-def engine_name(key: str) -> str:
-    """Return the name of the Job that makes an engine."""
-    return naming.name_for("ivl-engine", key[:12])
+def engine_name(key: str, *, claim_uid: str) -> str:
+    """Return the name of the Job that makes an engine in a claim."""
+    return naming.name_for("ivl-engine", key[:12], short_hash(claim_uid)[:6])
 
 
 def build_resolve_job(context: JobContext, *, name: str) -> Manifest:
     """Return the Job that identifies the weights."""
     command = ["resolve", "--source", json.dumps(context.plan.source, sort_keys=True)]
     containers = [_container(context, "resolve", command, image=context.images.tools)]
-    return _job(context, name, "resolve", containers, ttl=RESOLVE_TTL_SECONDS)
+    return _job(context, name, component="resolve", containers=containers, ttl=RESOLVE_TTL_SECONDS)
 
 
 def build_checkpoint_job(context: JobContext, keys: plans.EngineKeys) -> Manifest:
@@ -63,8 +65,8 @@ def build_checkpoint_job(context: JobContext, keys: plans.EngineKeys) -> Manifes
         _container(context, "fetch", fetch, image=tools),
         _container(context, "convert", convert, image=tools),
     ]
-    name = checkpoint_name(keys.checkpoint)
-    return _job(context, name, "checkpoint", containers, ttl=BUILD_TTL_SECONDS, key=keys.checkpoint)
+    name = checkpoint_name(keys.checkpoint, claim_uid=context.claim_uid)
+    return _job(context, name, component="checkpoint", containers=containers)
 
 
 def build_engine_job(context: JobContext, keys: plans.EngineKeys) -> Manifest:
@@ -75,22 +77,21 @@ def build_engine_job(context: JobContext, keys: plans.EngineKeys) -> Manifest:
         "--checkpoint", keys.checkpoint,
         "--backend", plan.backend,
         "--architecture", plan.architecture,
-        "--versions", json.dumps(dict(plan.versions), sort_keys=True),
+        "--versions", json.dumps(dict(plan.release.versions), sort_keys=True),
         "--flags", json.dumps(dict(plan.build_flags), sort_keys=True),
     ]  # fmt: skip
     containers = [_container(context, "build", command, image=context.images.builder)]
-    name = engine_name(keys.engine)
-    return _job(context, name, "engine", containers, ttl=BUILD_TTL_SECONDS, key=keys.engine)
+    name = engine_name(keys.engine, claim_uid=context.claim_uid)
+    return _job(context, name, component="engine", containers=containers)
 
 
 def _job(
     context: JobContext,
     name: str,
+    *,
     component: str,
     containers: Sequence[Manifest],
-    *,
-    ttl: int,
-    key: str | None = None,
+    ttl: int = BUILD_TTL_SECONDS,
 ) -> Manifest:
     resource = context.resource
     labels = naming.labels_for(component, instance=name)
@@ -103,7 +104,6 @@ def _job(
             "namespace": resource.metadata.namespace,
             "labels": labels,
             "ownerReferences": [naming.owner_reference(resource, is_controller=False)],
-            **({"annotations": {naming.KEY_ANNOTATION: key}} if key else {}),
         },
         "spec": {
             "backoffLimit": _BACKOFF_LIMIT,

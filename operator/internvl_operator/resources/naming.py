@@ -7,6 +7,7 @@ from internvl_operator.resources import Manifest
 MANAGED_BY = "internvl-operator"
 PART_OF = "internvl"
 KEY_ANNOTATION = f"{v1alpha1.GROUP}/key"
+FINGERPRINT_ANNOTATION = f"{v1alpha1.GROUP}/applied"
 _MAX_NAME = 63
 _USER_ID = 10001
 """The user of the images; they have a passwd entry for it."""
@@ -30,6 +31,12 @@ def labels_for(component: str, *, instance: str) -> dict[str, str]:
         "app.kubernetes.io/part-of": PART_OF,
         "app.kubernetes.io/managed-by": MANAGED_BY,
     }
+
+
+def with_fingerprint(manifest: Manifest) -> Manifest:
+    """Return a manifest that carries its own hash, so that a field left out is seen too."""
+    annotations = {FINGERPRINT_ANNOTATION: keys.short_hash(manifest)}
+    return {**manifest, "metadata": {**manifest["metadata"], "annotations": annotations}}
 
 
 def owner_reference(resource: v1alpha1.Resource, *, is_controller: bool) -> Manifest:

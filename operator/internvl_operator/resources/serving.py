@@ -1,6 +1,7 @@
 """The Deployment that serves an engine, and its Service."""
 
 import json
+import math
 
 from internvl_operator import plan as plans
 from internvl_operator import settings
@@ -13,8 +14,8 @@ _START_SECONDS = 3600
 _PROBE_SECONDS = 5
 _GRACE_SECONDS = 90
 """Longer than the runtime's drain, so that running answers end by themselves."""
-_SHARED_MEMORY = "256Mi"
-"""Tiles of the pictures that are on their way to the engine."""
+_TILE_BYTES = 448 * 448 * 3
+_SPARE_SHARED_MEBIBYTES = 64
 
 
 def build_deployment(
@@ -28,7 +29,7 @@ def build_deployment(
     """Return the Deployment; without `serving.replicas` it leaves their number alone."""
     labels = naming.labels_for("runtime", instance=resource.metadata.name)
     replicas = resource.spec.serving.replicas
-    return {
+    manifest = {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
         "metadata": _metadata(resource, labels),
@@ -55,12 +56,13 @@ def build_deployment(
             },
         },
     }
+    return naming.with_fingerprint(manifest)
 
 
 def build_service(resource: v1alpha1.Resource) -> Manifest:
     """Return the Service that is the resource's endpoint."""
     labels = naming.labels_for("runtime", instance=resource.metadata.name)
-    return {
+    manifest = {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": _metadata(resource, labels),
@@ -70,6 +72,7 @@ def build_service(resource: v1alpha1.Resource) -> Manifest:
             "ports": [{"name": "http", "port": HTTP_PORT, "targetPort": "http", "protocol": "TCP"}],
         },
     }
+    return naming.with_fingerprint(manifest)
 
 
 def selector_for(instance: str) -> dict[str, str]:
@@ -138,12 +141,18 @@ def _container(
     }
 
 
+def _shared_memory(plan: plans.Plan) -> str:
+    """Return room for the tiles of one request, on their way to the engine."""
+    tiles = plan.build_flags["maxTilesPerRequest"]
+    return f"{_SPARE_SHARED_MEBIBYTES + math.ceil(tiles * _TILE_BYTES / 2**20)}Mi"
+
+
 def _probe(path: str) -> Manifest:
     return {"httpGet": {"path": path, "port": "http"}, "timeoutSeconds": _PROBE_SECONDS}
 
 
 def _volumes(plan: plans.Plan) -> list[Manifest]:
-    shared = {"medium": "Memory", "sizeLimit": _SHARED_MEMORY}
+    shared = {"medium": "Memory", "sizeLimit": _shared_memory(plan)}
     return [
         {"name": "cache", "persistentVolumeClaim": {"claimName": plan.claim_name}},
         {"name": "tmp", "emptyDir": {}},

@@ -45,6 +45,7 @@ def build(spec: EngineSpec, *, cache: caches.Cache, stage: progress.Progress) ->
         published = cache.find(keys.Kind.ENGINES, key)
         if published:
             return published
+        caches.clear(workspace)
         started = time.monotonic()
         checkpoint = cache.get(keys.Kind.CHECKPOINTS, spec.checkpoint)
         with caches.naming_a_full_disk(cache.root):
@@ -85,8 +86,7 @@ def check_environment(spec: EngineSpec) -> None:
         raise errors.StageError(
             errors.Reason.INCOMPATIBLE_VERSIONS,
             f"the engine is wanted for {wanted}, this builder has {here}",
-            remedy="use the runtime image that belongs to the operator's release, or set "
-            "spec.image.versions to what the image holds",
+            remedy="use the runtime image that belongs to the operator's release",
         )
 
 

@@ -53,6 +53,7 @@ def convert(
         published = cache.find(keys.Kind.CHECKPOINTS, key)
         if published:
             return published
+        caches.clear(workspace)
         folder = source.weights_folder(cache.get(keys.Kind.WEIGHTS, weights))
         with caches.naming_a_full_disk(cache.root):
             write_checkpoint(
@@ -286,5 +287,5 @@ def _check_arguments(dtype: str, tensor_parallel_size: int) -> None:
         raise errors.StageError(
             errors.Reason.INVALID_SPEC,
             f"tensor parallel size {tensor_parallel_size} is not offered by this version, only 1",
-            remedy="leave spec.engine.tensorParallelSize out",
+            remedy="convert with --tensor-parallel-size 1",
         )

@@ -1,10 +1,12 @@
 """Where weights come from: a mounted folder, or made here from a seed."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +43,10 @@ class Identified:
 class Source(Protocol):
     """A place that weights come from."""
 
+    def holds(self, weights: caches.Published) -> bool:
+        """Whether published weights can be used where this source is mounted."""
+        ...
+
     def identify(self, cache: caches.Cache, stage: progress.Progress) -> Identified:
         """Tell files and model; raises StageError when the source is unusable."""
         ...
@@ -56,6 +62,10 @@ class SyntheticSource:
 
     recipe: synthesize.Recipe
     tokenizer_model: Path
+
+    def holds(self, weights: caches.Published) -> bool:
+        """Whether the weights are a copy, and no reference to a folder."""
+        return not weights.manifest.references
 
     def identify(self, cache: caches.Cache, stage: progress.Progress) -> Identified:
         """Tell what `fetch` will write; sizes are known without making the weights."""
@@ -95,8 +105,16 @@ class FolderSource:
 
     folder: Path
 
+    def holds(self, weights: caches.Published) -> bool:
+        """Whether the weights are a copy, or refer to this very folder."""
+        return weights_folder(weights) in {weights.path, self.folder}
+
     def identify(self, cache: caches.Cache, stage: progress.Progress) -> Identified:
         """Check every safetensors header and hash every file, unless size and mtime are known."""
+        with _naming_an_unreadable_file():
+            return self._identify(cache, stage)
+
+    def _identify(self, cache: caches.Cache, stage: progress.Progress) -> Identified:
         model = config.read_model_config(self.folder)
         paths = self._list_files()
         check_tensors(paths, model)
@@ -112,7 +130,8 @@ class FolderSource:
             digests[path.name] = (stamp, digest)
             done += sizes[path]
             report(done, total)
-        _write_digests(self._digests_file(cache), digests)
+        with caches.naming_a_full_disk(cache.root):
+            _write_digests(self._digests_file(cache), digests)
         files = [
             {
                 "path": path.name,
@@ -191,6 +210,18 @@ def check_tensors(paths: list[Path], model: config.ModelConfig) -> None:
             )
 
 
+@contextlib.contextmanager
+def _naming_an_unreadable_file() -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as e:
+        raise errors.StageError(
+            errors.Reason.MODEL_NOT_FOUND,
+            f"{e.filename} can not be read: {e.strerror}",
+            remedy="make the model's folder and files readable for everyone",
+        ) from e
+
+
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
@@ -213,6 +244,6 @@ def _read_digests(path: Path) -> dict[str, list[str]]:
 
 def _write_digests(path: Path, digests: Mapping[str, tuple[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     partial.write_bytes(keys.canonical_json(digests))
     partial.rename(path)

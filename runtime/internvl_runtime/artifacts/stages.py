@@ -1,7 +1,6 @@
 """The build stages that need no torch: resolve and fetch."""
 
 import dataclasses
-import shutil
 from typing import Any
 
 from internvl_runtime import errors
@@ -52,17 +51,16 @@ def fetch(
 ) -> caches.Published:
     """Publish the weights of a source; raises StageError when they are other ones by now."""
     published = cache.find(keys.Kind.WEIGHTS, weights)
-    if published:
+    if published and origin.holds(published):
         return published
     with cache.workspace(keys.Kind.WEIGHTS, weights) as workspace:
         published = cache.find(keys.Kind.WEIGHTS, weights)
-        if published:
+        if published and origin.holds(published):
             return published
         identified = origin.identify(cache, stage)
         inputs = keys.weights_inputs(identified.files)
         _check_unchanged(weights, keys.key_of(keys.Kind.WEIGHTS, inputs))
-        for leftover in workspace.iterdir():
-            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+        caches.clear(workspace)
         with caches.naming_a_full_disk(cache.root):
             references = origin.fetch(workspace, stage)
             return cache.publish(

@@ -8,14 +8,14 @@ tokens are decided by clear margins.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from internvl_runtime import errors
-from internvl_runtime.artifacts import safetensors_file, shapes, tensors, tokenizer_files
+from internvl_runtime.artifacts import progress, safetensors_file, shapes, tensors, tokenizer_files
 from internvl_runtime.model import config
 
 FORMAT = 1
@@ -43,12 +43,8 @@ class Shard:
     tensors: tuple[safetensors_file.TensorInfo, ...]
 
 
-Report = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
-
-
 def write_checkpoint(
-    recipe: Recipe, output: Path, *, tokenizer_model: Path, report: Report
+    recipe: Recipe, output: Path, *, tokenizer_model: Path, report: progress.Report
 ) -> None:
     """Write config.json, tokenizer files and sharded safetensors into a folder."""
     output.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ def write_real_internlm2(folder: Path, model_file: Path) -> int:
         raise errors.StageError(
             errors.Reason.MODEL_NOT_FOUND,
             f"there is no InternLM2 tokenizer.model at {model_file}",
-            remedy="pass --tokenizer-model FILE, or synthesize --shape tiny --family internlm2",
+            remedy="name a copy by INTERNVL_RUNTIME_TOKENIZER_MODEL, or synthesize --shape tiny",
         )
     return _write_internlm2(folder, model_file.read_bytes())
 

@@ -151,14 +151,18 @@ class WorkerEngine:
             self._running = self._waiting.popleft()
             self._finished.clear()
             try:
-                tiles = await asyncio.to_thread(_share_tiles, self._running.request)
+                await self._answer(self._running.request)
             except errors.RequestError as e:
                 self._finish_with(e)
-                continue
-            self._send(_to_submit(self._running.request, tiles))
+            except Exception:
+                logger.exception("request %s failed", self._running.request.request_id)
+                self._finish_with(errors.EngineUnavailableError("this request failed"))
+
+    async def _answer(self, request: interface.GenerationRequest) -> None:
+        with contextlib.ExitStack() as shared:
+            tiles = await asyncio.to_thread(_share_tiles, request, shared)
+            self._send(_to_submit(request, tiles))
             await self._finished.wait()
-            for shared in tiles:
-                channel.drop(shared)
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         try:
@@ -208,8 +212,15 @@ class WorkerEngine:
             self._writer.write(channel.encode(message))
 
 
-def _share_tiles(request: interface.GenerationRequest) -> tuple[channel.SharedArray, ...]:
-    return tuple(channel.share(image.load()) for image in request.images)
+def _share_tiles(
+    request: interface.GenerationRequest, shared: contextlib.ExitStack
+) -> tuple[channel.SharedArray, ...]:
+    """Share the tiles of a request; leaving `shared` drops those that nobody took."""
+    tiles = []
+    for image in request.images:
+        tiles.append(channel.share(image.load()))
+        shared.callback(channel.drop, tiles[-1])
+    return tuple(tiles)
 
 
 def _to_submit(

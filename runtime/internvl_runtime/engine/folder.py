@@ -104,8 +104,8 @@ def _check_device(inputs: Any) -> None:
         if inputs[field] != found:
             raise errors.EngineIncompatibleError(
                 f"the engine was built for {field} {inputs[field]}, this pod has {found}",
-                remedy="the operator builds a fitting engine when spec or image changes; "
-                "ask for one with the annotation serving.internvl.dev/rebuild",
+                remedy="use the image that the engine was built with, or take over the new images "
+                "with the annotation serving.internvl.dev/upgrade: a fitting engine is built then",
             )
 
 

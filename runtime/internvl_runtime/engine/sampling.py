@@ -7,6 +7,9 @@ import numpy.typing as npt
 
 from internvl_runtime.engine import interface
 
+_GREEDY_TEMPERATURE = 1e-5
+"""Below this the division overflows; vLLM, too, takes such temperatures for zero."""
+
 Row = npt.NDArray[np.float32]
 
 
@@ -16,7 +19,7 @@ def choose(logits: Row, sampling: interface.Sampling, *, request_id: str, positi
     With a seed the choice depends on the seed and the position in the answer
     alone, so that a request can be repeated.
     """
-    if sampling.temperature == 0.0:
+    if sampling.temperature < _GREEDY_TEMPERATURE:
         return int(np.argmax(logits))
     probabilities = probabilities_of(logits, temperature=sampling.temperature, top_p=sampling.top_p)
     origin = request_id if sampling.seed is None else sampling.seed

@@ -75,8 +75,8 @@ def check(
                 raise errors.StageError(
                     errors.Reason.VERIFICATION_FAILED,
                     f"the {now.name} prompt gives token {a} at step {step}, the build recorded {b}",
-                    remedy="the checkpoint or the hardware is damaged: rebuild with the "
-                    "annotation serving.internvl.dev/rebuild",
+                    remedy="the checkpoint or the hardware is damaged: serve on another node, or "
+                    "remove the engine and its checkpoint from the cache and build again",
                 )
 
 

@@ -37,7 +37,7 @@ class Worker:
         self._cancelled.add(request_id)
 
     def stop(self) -> None:
-        """End `run` behind the current step."""
+        """End `run` behind what was submitted before."""
         self._requests.put(None)
 
     def run(self) -> None:

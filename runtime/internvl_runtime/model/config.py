@@ -170,8 +170,8 @@ def _parse_language(raw: Mapping[str, Any]) -> LanguageConfig:
         num_key_value_heads=_integer(raw, "num_key_value_heads"),
         intermediate_size=_integer(raw, "intermediate_size"),
         vocab_size=_integer(raw, "vocab_size"),
-        rope_theta=float(raw["rope_theta"]),
-        rms_norm_eps=float(raw["rms_norm_eps"]),
+        rope_theta=_number(raw, "rope_theta"),
+        rms_norm_eps=_number(raw, "rms_norm_eps"),
         max_position_embeddings=_integer(raw, "max_position_embeddings"),
     )
 
@@ -188,9 +188,9 @@ def _parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
         num_attention_heads=_integer(raw, "num_attention_heads"),
         intermediate_size=_integer(raw, "intermediate_size"),
         norm_type=str(norm_type),
-        layer_norm_eps=float(raw["layer_norm_eps"]),
-        qk_normalization=bool(raw["qk_normalization"]),
-        qkv_bias=bool(raw["qkv_bias"]),
+        layer_norm_eps=_number(raw, "layer_norm_eps"),
+        qk_normalization=_boolean(raw, "qk_normalization"),
+        qkv_bias=_boolean(raw, "qkv_bias"),
     )
 
 
@@ -216,6 +216,20 @@ def _integer(raw: Mapping[str, Any], key: str) -> int:
     value = raw.get(key)
     if not isinstance(value, int) or value <= 0:
         raise _unsupported(key, "a positive integer", value)
+    return value
+
+
+def _number(raw: Mapping[str, Any], key: str) -> float:
+    value = raw.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise _unsupported(key, "a positive number", value)
+    return float(value)
+
+
+def _boolean(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if not isinstance(value, bool):
+        raise _unsupported(key, "true or false", value)
     return value
 
 

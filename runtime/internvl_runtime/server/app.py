@@ -38,7 +38,13 @@ async def serve(engine_dir: Path, *, config: settings.Settings) -> None:
         model=opened.model, tokens=opened.load_tokenizer(), limits=engine.limits, settings=config
     )
     names = config.served_model_names or (opened.key[:12],)
-    api = routes.Api(engine, preparer, model_names=names, max_queued=config.max_queued_requests)
+    api = routes.Api(
+        engine,
+        preparer,
+        model_names=names,
+        max_queued=config.max_queued_requests,
+        threads=config.preparation_threads,
+    )
     if config.metrics_port:
         metrics.serve(config.metrics_port)
     server = _Server(

@@ -18,6 +18,10 @@ _ROLES = {
 }
 
 
+_MOST_CHARACTERS_PER_TOKEN = 128
+"""The longest tokens of both vocabularies are runs of 128 spaces or shorter."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatPreparer:
     """Prepares requests for one loaded engine. Blocking: call it in a thread."""
@@ -29,6 +33,7 @@ class ChatPreparer:
 
     def prepare(self, body: schemas.ChatCompletionRequest) -> interface.GenerationRequest:
         """Read the pictures, render and tokenize; raises RequestError for bad input."""
+        self._check_text(body)
         pictures: list[picture.Picture] = []
         turns = [self._read_message(message, pictures) for message in body.messages]
         self._check_tiles(pictures)
@@ -71,6 +76,18 @@ class ChatPreparer:
             max_pixels=self.settings.max_image_pixels,
         )
 
+    def _check_text(self, body: schemas.ChatCompletionRequest) -> None:
+        """Refuse text that can not fit before it costs memory to tokenize it."""
+        characters = sum(_count_characters(message) for message in body.messages)
+        most = self.limits.max_input_tokens * _MOST_CHARACTERS_PER_TOKEN
+        if characters > most:
+            raise errors.RequestError(
+                f"the messages have {characters} characters; more than {most} can not fit into "
+                f"{self.limits.max_input_tokens} tokens: shorten them",
+                parameter="messages",
+                code="context_length_exceeded",
+            )
+
     def _check_tiles(self, pictures: Sequence[picture.Picture]) -> None:
         tiles = sum(opened.grid.tiles for opened in pictures)
         if tiles > self.limits.max_tiles_per_request:
@@ -107,3 +124,9 @@ class ChatPreparer:
             top_p=body.top_p or 1.0,
             seed=body.seed,
         )
+
+
+def _count_characters(message: schemas.Message) -> int:
+    if message.content is None or isinstance(message.content, str):
+        return len(message.content or "")
+    return sum(len(part.text) for part in message.content if isinstance(part, schemas.TextPart))

@@ -1,5 +1,6 @@
 """Bounds a request's body before it is read."""
 
+import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -24,9 +25,15 @@ class BodyLimit:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, counting its bytes."""
+        """Pass a request on, counting its bytes.
+
+        Whatever the application makes of a body that ended early, the client
+        is told of the limit.
+        """
+        if self._announces_too_much(scope):
+            await self._refuse(scope, receive, send)
+            return
         received = 0
-        has_started = False
 
         async def counted_receive() -> Message:
             nonlocal received
@@ -36,16 +43,18 @@ class BodyLimit:
                 raise _BodyTooLargeError
             return message
 
-        async def noted_send(message: Message) -> None:
-            nonlocal has_started
-            has_started = True
-            await send(message)
+        async def checked_send(message: Message) -> None:
+            if received <= self._max_bytes:
+                await send(message)
 
-        try:
-            await self._app(scope, counted_receive, noted_send)
-        except _BodyTooLargeError:
-            if not has_started:
-                await self._refuse(scope, receive, send)
+        with contextlib.suppress(_BodyTooLargeError):
+            await self._app(scope, counted_receive, checked_send)
+        if received > self._max_bytes:
+            await self._refuse(scope, receive, send)
+
+    def _announces_too_much(self, scope: Scope) -> bool:
+        lengths = [value for name, value in scope.get("headers", ()) if name == b"content-length"]
+        return any(value.isdigit() and int(value) > self._max_bytes for value in lengths)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         message = f"the body is larger than {self._max_bytes} bytes; send smaller pictures"

@@ -30,6 +30,17 @@ _NOT_OFFERED: dict[str, tuple[object, ...]] = {
 """Known fields and the values of them that change nothing."""
 
 
+def _refuse_lone_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError("the text holds half of a surrogate pair; send whole characters") from e
+    return text
+
+
+Text = Annotated[str, pydantic.AfterValidator(_refuse_lone_surrogates)]
+
+
 class _Body(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
 
@@ -38,7 +49,7 @@ class TextPart(_Body):
     """A piece of text."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImageUrl(_Body):
@@ -61,7 +72,7 @@ class Message(_Body):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | tuple[ContentPart, ...] | None = None
+    content: Text | tuple[ContentPart, ...] | None = None
 
 
 class StreamOptions(_Body):
@@ -75,13 +86,13 @@ class ChatCompletionRequest(_Body):
 
     model_config = pydantic.ConfigDict(extra="allow", frozen=True)
 
-    model: str
+    model: Text
     messages: Annotated[tuple[Message, ...], pydantic.Field(min_length=1)]
     max_tokens: Annotated[int, pydantic.Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, pydantic.Field(ge=1)] | None = None
     temperature: Annotated[float, pydantic.Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
-    seed: int | None = None
+    seed: Annotated[int, pydantic.Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False

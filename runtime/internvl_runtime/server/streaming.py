@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from internvl_runtime import errors, metrics
@@ -102,7 +102,7 @@ async def generate(
     engine: interface.Engine,
     request: interface.GenerationRequest,
     tokens: tokenizer.Tokenizer,
-) -> AsyncIterator[Delta]:
+) -> AsyncGenerator[Delta, None]:
     """Submit a request and yield what each step adds.
 
     Leaving the loop early cancels the request; an error of the engine is raised.

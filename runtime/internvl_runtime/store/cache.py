@@ -123,7 +123,11 @@ class Cache:
             kind=kind,
             inputs=inputs,
             references=references,
-            files=[describe_file(path, workspace) for path in _files_below(workspace)],
+            files=[
+                describe_file(path, workspace)
+                for path in _files_below(workspace)
+                if path.name not in {MANIFEST, MARKER}
+            ],
             provenance={"publishedAt": _now(), **(provenance or {})},
         )
         content = keys.canonical_json(manifest.to_json())
@@ -164,6 +168,12 @@ def read_manifest(path: Path) -> Manifest:
     for file in manifest.files:
         _check_size(path, file)
     return manifest
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier try has left in a workspace."""
+    for leftover in folder.iterdir():
+        leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
 
 
 def describe_file(path: Path, root: Path) -> dict[str, Any]:
@@ -212,7 +222,7 @@ def _incomplete(path: Path, why: str) -> errors.StageError:
     return errors.StageError(
         errors.Reason.DIGEST_MISMATCH,
         f"{path} is not a complete folder: {why}",
-        remedy="remove the folder; the next build writes it again",
+        remedy="remove the folder, then delete the resource's Jobs and make it again",
     )
 
 

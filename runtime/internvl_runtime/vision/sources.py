@@ -1,7 +1,6 @@
 """Where a picture's bytes come from: `data:` URLs."""
 
 import base64
-import binascii
 
 from internvl_runtime import errors
 
@@ -23,7 +22,7 @@ def read_url(url: str, *, max_bytes: int) -> bytes:
         raise _refused(f"the picture is larger than {max_bytes} bytes; send a smaller one")
     try:
         return base64.b64decode(payload, validate=True)
-    except binascii.Error as e:
+    except ValueError as e:
         raise _refused(f"the data URL is not valid base64: {e}") from e
 
 

@@ -63,7 +63,7 @@ def test_only_what_is_executed_changes_the_engine_key(defaults, make_resource, s
 
 def test_names_of_the_resource_and_the_model_are_always_served(defaults, make_resource):
     spec = {
-        "model": {"name": "InternVL2_5-1B", "source": {"synthetic": {"shape": "InternVL2_5-1B"}}},
+        "model": {"name": "InternVL2_5-1B", "source": SOURCE},
         "serving": {"servedModelNames": ["mine", "demo"]},
     }
     made = plan.make_plan(make_resource(spec), defaults=defaults)

@@ -2,11 +2,12 @@ import dataclasses
 import json
 
 import pytest
-from internvl_operator import observe, plan, reconcile
+from internvl_operator import catalog, errors, observe, plan, reconcile
 from internvl_operator.resources import jobs, naming, serving
 
 CLAIM = {"metadata": {"name": "internvl-cache", "uid": "claim-1"}}
 WEIGHTS = "a" * 64
+TINY = {"shape": "tiny", "family": "qwen2"}
 
 
 class World:
@@ -59,7 +60,13 @@ def condition(decision, kind):
 
 
 def resolved(**published):
-    return {"weights": WEIGHTS, "dimensions": {}, "checkpoints": [], "engines": [], **published}
+    return {
+        "weights": WEIGHTS,
+        "dimensions": {"hidden_size": 128, "vocab_size": 405},
+        "checkpoints": [],
+        "engines": [],
+        **published,
+    }
 
 
 @pytest.fixture
@@ -112,7 +119,10 @@ def test_each_stage_begins_when_the_one_before_has_ended(world, keys):
         world.finish(manifest, result)
 
     assert stages[0].startswith("ivl-resolve-")
-    assert stages[1:] == [jobs.checkpoint_name(keys.checkpoint), jobs.engine_name(keys.engine)]
+    assert stages[1:] == [
+        jobs.checkpoint_name(keys.checkpoint, claim_uid="claim-1"),
+        jobs.engine_name(keys.engine, claim_uid="claim-1"),
+    ]
     actions = world.decide().actions
     assert [a.manifest["kind"] for a in actions] == ["Deployment", "Service"]
 
@@ -196,11 +206,174 @@ def test_a_published_engine_starts_no_build(world, keys):
 def test_a_lost_claim_means_to_build_again(world):
     walk_to_serving(world)
     make_ready(world)
-    world.change(jobs={}, claim={"metadata": {"name": "internvl-cache", "uid": "claim-2"}})
+    finished = set(world.observation.jobs)
+    world.change(claim={"metadata": {"name": "internvl-cache", "uid": "claim-2"}})
+
+    for result in (resolved(), None, None):
+        (manifest,) = created(world.decide())
+        assert manifest["metadata"]["name"] not in finished
+        world.finish(manifest, result)
+
+
+def test_a_new_release_of_the_operator_touches_nothing_that_runs(world, monkeypatch):
+    walk_to_serving(world)
+    make_ready(world)
+    world.decide()
+    newer = catalog.Release(versions={"torch": "3.0"}, converter_format=2, engine_format=2)
+    monkeypatch.setitem(catalog.RELEASES, "PyTorch", newer)
+
+    assert world.decide().actions == ()
+
+
+def test_an_upgrade_to_a_new_release_builds_before_it_serves(world, monkeypatch, make_resource):
+    walk_to_serving(world)
+    make_ready(world)
+    status = world.decide().status
+    newer = catalog.Release(versions={"torch": "3.0"}, converter_format=1, engine_format=1)
+    monkeypatch.setitem(catalog.RELEASES, "PyTorch", newer)
+    annotations = {"serving.internvl.dev/upgrade": "now"}
+    world.change(resource=make_resource(status=dict(status), annotations=annotations))
 
     (manifest,) = created(world.decide())
 
-    assert manifest["metadata"]["name"].startswith("ivl-resolve-")
+    assert manifest["metadata"]["name"].startswith("ivl-engine-")
+
+
+def test_a_build_that_is_still_wanted_survives_a_change_of_the_spec(world, make_resource):
+    world.change(claim=CLAIM)
+    world.finish(created(world.decide())[0], resolved())
+    (checkpoint,) = created(world.decide())
+    world.add_job(checkpoint)
+    status = world.decide().status
+    fewer = {"multimodal": {"maxTilesPerRequest": 26}}
+    world.change(resource=make_resource(fewer, status=dict(status), generation=2))
+
+    decision = world.decide()
+    assert [type(action) for action in decision.actions] == [reconcile.Create]
+    world.finish(created(decision)[0], resolved())
+
+    assert world.decide().actions == ()
+
+
+def test_an_invalid_edit_and_its_revert_change_nothing(world, make_resource):
+    engine = walk_to_engine(world)
+    world.add_job(engine)
+    status = world.decide().status
+    bad = make_resource({"engine": {"device": "CUDA"}}, status=dict(status), generation=2)
+    world.change(resource=bad)
+    status = world.decide().status
+    world.change(resource=make_resource(status=dict(status), generation=3))
+
+    assert world.decide().actions == ()
+
+
+def test_a_changed_source_is_resolved_again(world):
+    world.change(claim=CLAIM)
+    world.finish(created(world.decide())[0], resolved())
+    (checkpoint,) = created(world.decide())
+    message = {"reason": "DigestMismatch", "message": "other weights", "remedy": "wait"}
+    world.add_job(checkpoint, condition="Failed", message=message, exit_code=80)
+
+    assert "keys" not in world.decide().status
+
+
+def test_weights_of_another_model_are_refused_once(make_resource, defaults):
+    spec = {"model": {"name": "InternVL2_5-1B", "source": {"synthetic": TINY}}}
+    world = World(make_resource(spec), defaults)
+    world.change(claim=CLAIM)
+    world.finish(created(world.decide())[0], resolved())
+    assert condition(world.decide(), "Validated").reason == "UnsupportedModel"
+
+    world.change(jobs={})
+    decision = world.decide()
+
+    assert decision.actions == ()
+    assert condition(decision, "Ready").reason == "UnsupportedModel"
+
+
+def test_zero_replicas_are_no_start_that_never_ends(world):
+    walk_to_serving(world)
+    deployment = {**world.observation.deployment, "status": {"observedGeneration": 1}}
+    deployment["spec"] = {**deployment["spec"], "replicas": 0}
+    world.change(deployment=deployment)
+
+    assert world.decide().status["phase"] == "ScaledToZero"
+
+
+class FakeKube:
+    """Answers as an API server that refuses, or holds someone else's objects."""
+
+    def __init__(self, *, refusal=None, found=None):
+        self.refusal, self.found = refusal, found
+        self.statuses, self.events, self.logs_read = [], [], 0
+
+    async def find(self, manifest):
+        return self.found
+
+    async def apply(self, manifest):
+        raise AssertionError("not to be applied")
+
+    async def create(self, manifest):
+        raise self.refusal
+
+    async def apply_status(self, resource, status):
+        self.statuses.append(status)
+
+    async def post_event(self, resource, event):
+        self.events.append(event)
+
+    async def read_log(self, pod, *, container, lines):
+        self.logs_read += 1
+        return '{"stage": "convert", "step": "convert", "done": 1, "total": 2, "unit": "bytes"}'
+
+
+async def reconcile_once(world, kube):
+    return await reconcile.reconcile(
+        world.observation,
+        kube=kube,
+        defaults=world.defaults,
+        progress=reconcile.ProgressReader(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [("exceeded quota: small", "QuotaExceeded"), ("size must be positive", "InvalidSpec")],
+)
+async def test_what_the_api_server_refuses_is_told(world, message, reason):
+    kube = FakeKube(refusal=errors.KubeError(403, message))
+
+    with pytest.raises(errors.KubeError):
+        await reconcile_once(world, kube)
+
+    ready = kube.statuses[-1]["conditions"][-1]
+    assert (ready["type"], ready["reason"], ready["message"]) == ("Ready", reason, message)
+    assert kube.events[-1].is_warning
+
+
+async def test_someone_elses_deployment_is_not_taken_over(world):
+    world.finish(walk_to_engine(world))
+    foreign = {"kind": "Deployment", "metadata": {"name": "demo"}}
+    kube = FakeKube(found=foreign)
+
+    with pytest.raises(errors.NameTakenError):
+        await reconcile_once(world, kube)
+
+    assert kube.statuses[-1]["conditions"][-1]["reason"] == "NameTaken"
+
+
+async def test_a_log_is_read_at_most_every_few_seconds():
+    times = iter([0.0, 0.0, 1.0, 4.9, 5.0, 5.0])
+    reader = reconcile.ProgressReader(clock=lambda: next(times))
+    kube = FakeKube()
+    running = [{"name": "convert", "state": {"running": {}}}]
+    pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": running}}
+    job = observe.Job(body={"metadata": {"name": "j"}}, pods=(pod,))
+
+    read = [await reader.read(job, kube) for _ in range(4)]
+
+    assert kube.logs_read == 2
+    assert [progress.percent for progress in read] == [50] * 4
 
 
 def test_a_lost_result_means_to_resolve_again(world):
@@ -254,6 +427,8 @@ def test_a_build_that_nobody_waits_for_is_deleted(world, make_resource):
     status = world.observation.resource.status
     changed = make_resource({"engine": {"dtype": "float16"}}, status=status, generation=2)
     world.change(resource=changed)
+    resolve = next(m for m in created(world.decide()))
+    world.finish(resolve, resolved())
 
     deletions = [a for a in world.decide().actions if isinstance(a, reconcile.Delete)]
 

@@ -9,7 +9,9 @@ def manifests(make_resource, defaults):
     made = plan.make_plan(resource, defaults=defaults)
     keys = plan.plan_keys(made, weights="a" * 64)
     images = plan.choose_images(resource, defaults=defaults)
-    context = jobs.JobContext(resource=resource, plan=made, images=images, defaults=defaults)
+    context = jobs.JobContext(
+        resource=resource, plan=made, images=images, claim_uid="c", defaults=defaults
+    )
     return {
         "resolve": jobs.build_resolve_job(context, name="ivl-resolve-x"),
         "checkpoint": jobs.build_checkpoint_job(context, keys),

@@ -45,6 +45,22 @@ async def test_a_key_never_runs_twice_at_once_and_runs_again_if_it_came_meanwhil
     assert (most, runs) == (1, 2)
 
 
+async def test_a_key_that_is_forgotten_while_it_runs_does_not_come_back():
+    runs = 0
+
+    async def work(_key):
+        nonlocal runs
+        runs += 1
+        queue.forget("a")
+        return 0.001
+
+    queue = workqueue.WorkQueue(work)
+    queue.add("a")
+    await run_briefly(queue)
+
+    assert runs == 1
+
+
 async def test_a_failure_does_not_end_the_worker():
     done = []
 

@@ -95,6 +95,16 @@ def test_the_weights_key_follows_the_content_and_not_the_place(tmp_path):
     assert weights(one) != weights(other)
 
 
+def test_weights_follow_their_folder_when_it_moves(tmp_path):
+    store = cache.Cache(tmp_path / "cache")
+    folders = [synthesized(tmp_path / name) for name in ("old", "new")]
+    for folder in folders:
+        origin = folder_source(folder)
+        resolved = stages.resolve(origin, cache=store, stage=quiet())
+        published = stages.fetch(origin, weights=resolved.weights, cache=store, stage=quiet())
+        assert source.weights_folder(published) == folder
+
+
 def test_a_folder_that_changes_after_resolving_is_refused(tmp_path):
     model = synthesized(tmp_path / "model")
     store = cache.Cache(tmp_path / "cache")

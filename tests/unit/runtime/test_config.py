@@ -39,6 +39,8 @@ SURPRISES = [
     ("llm_config.rope_scaling", {"type": "linear", "factor": 2}, "rope_scaling.type is 'linear'"),
     ("llm_config.hidden_size", 0, "hidden_size"),
     ("llm_config", None, "llm_config"),
+    ("llm_config.rope_theta", None, "rope_theta"),
+    ("vision_config.qk_normalization", None, "qk_normalization"),
     ("vision_config.norm_type", "batch_norm", "vision_config.norm_type"),
     ("vision_config.image_size", 224, "vision_config.image_size is 224"),
 ]

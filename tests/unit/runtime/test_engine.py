@@ -17,6 +17,12 @@ def test_temperature_zero_takes_the_first_largest():
     assert sampling.choose(row, greedy, request_id="r", position=0) == 1
 
 
+def test_a_temperature_next_to_zero_is_zero():
+    row = np.array([0.0, 3.0, 1.0], dtype=np.float32)
+    cold = interface.Sampling(max_tokens=1, temperature=1e-308)
+    assert sampling.choose(row, cold, request_id="r", position=0) == 1
+
+
 def test_a_seed_repeats_its_choices():
     row = np.zeros(1000, dtype=np.float32)
     seeded = interface.Sampling(max_tokens=1, seed=5)

@@ -7,6 +7,7 @@ REFUSED = [
     ("file:///etc/passwd", "scheme 'file'"),
     ("data:image/png,abc", "a data URL looks like"),
     ("data:image/png;base64,%%%", "not valid base64"),
+    ("data:image/png;base64,é", "not valid base64"),
     ("data:image/png;base64," + "A" * 200, "larger than 100 bytes"),
 ]
 

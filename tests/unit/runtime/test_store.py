@@ -98,6 +98,18 @@ def test_a_workspace_survives_a_failure(tmp_path):
         assert (workspace / "half").read_text() == "done so far"
 
 
+def test_a_publish_that_was_interrupted_is_repeated(tmp_path):
+    store = cache.Cache(tmp_path)
+    key = keys.key_of(keys.Kind.CHECKPOINTS, INPUTS)
+    left_over = tmp_path / "tmp" / f"checkpoints-{key}" / cache.MANIFEST
+    left_over.parent.mkdir(parents=True)
+    left_over.write_text("from a try that was killed")
+
+    publish(tmp_path)
+
+    assert store.get(keys.Kind.CHECKPOINTS, key)
+
+
 def test_a_full_disk_gets_its_reason_and_the_numbers(tmp_path):
     with (
         pytest.raises(errors.StageError, match="bytes are free") as caught,

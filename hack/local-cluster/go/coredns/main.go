@@ -8,7 +8,6 @@ import (
 	_ "github.com/coredns/coredns/plugin/bind"
 	_ "github.com/coredns/coredns/plugin/cache"
 	_ "github.com/coredns/coredns/plugin/errors"
-	_ "github.com/coredns/coredns/plugin/forward"
 	_ "github.com/coredns/coredns/plugin/health"
 	_ "github.com/coredns/coredns/plugin/kubernetes"
 	_ "github.com/coredns/coredns/plugin/ready"
@@ -16,7 +15,7 @@ import (
 
 func main() {
 	dnsserver.Directives = []string{
-		"bind", "health", "ready", "errors", "cache", "kubernetes", "forward",
+		"bind", "health", "ready", "errors", "cache", "kubernetes",
 	}
 	coremain.Run()
 }

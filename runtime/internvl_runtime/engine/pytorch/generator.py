@@ -10,7 +10,7 @@ import torch
 
 from internvl_runtime.engine import folder, interface, sampling
 from internvl_runtime.engine.pytorch import language, vision, weights
-from internvl_runtime.model import config, prompt
+from internvl_runtime.model import config
 
 _PREFILL_CHUNK_TOKENS = 1024
 """Bounds the attention mask of a prefill step and the time until a cancel is seen."""
@@ -42,7 +42,7 @@ class Generator:
         request: interface.GenerationRequest,
         tiles: Sequence[npt.NDArray[np.uint8]],
     ) -> Iterator[Generated | None]:
-        """Yield the answer token by token, and None after a step that only read the prompt.
+        """Yield the answer token by token, and None after a step that made none.
 
         `tiles[i]` are the uint8 tiles [N, 448, 448, 3] of picture i.
         """
@@ -59,7 +59,12 @@ class Generator:
         cache = language.KeyValueCache(
             self._language.language, capacity=len(token_ids) + budget, dtype=self._language.dtype
         )
-        embeddings = self._embed(request.prompt, tiles)
+        embeddings = self._language.embed(torch.tensor(token_ids))
+        for placement in request.prompt.placements:
+            features = self._vision.encode(torch.from_numpy(tiles[placement.index]))
+            end = placement.offset + placement.length
+            embeddings[placement.offset : end] = features.flatten(0, 1)
+            yield None
         *leading, last = embeddings.split(
             min(_PREFILL_CHUNK_TOKENS, self.limits.max_batched_tokens)
         )
@@ -77,16 +82,6 @@ class Generator:
             if finish:
                 return
             logits = self._language.forward(self._language.embed(torch.tensor([token_id])), cache)
-
-    def _embed(
-        self, prompt_: prompt.Prompt, tiles: Sequence[npt.NDArray[np.uint8]]
-    ) -> torch.Tensor:
-        embeddings = self._language.embed(torch.tensor(prompt_.token_ids))
-        for placement in prompt_.placements:
-            features = self._vision.encode(torch.from_numpy(tiles[placement.index]))
-            end = placement.offset + placement.length
-            embeddings[placement.offset : end] = features.flatten(0, 1)
-        return embeddings
 
 
 def load_generator(engine: folder.EngineFolder) -> Generator:
