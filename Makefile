@@ -6,6 +6,8 @@ PYTHON := .venv/bin/python
 LOCAL_CLUSTER := PYTHONPATH=hack/local-cluster $(PYTHON) -m local_cluster
 DEMO := PYTHONPATH=hack:hack/local-cluster $(PYTHON) -m demo
 GPUS ?= 0
+PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
+PYTHON_3_12 := $(firstword $(wildcard $(PYENV)/3.12.*/bin/python3.12) 3.12)
 GPU_PRODUCT ?= NVIDIA-H200
 
 help: ## Show the targets
@@ -39,12 +41,11 @@ test-integration: setup ## Run real processes on loopback, and the contract test
 	.venv/bin/pytest tests/integration tests/contract
 
 test-unit-3.12: setup ## Run the unit tests on Python 3.12, where it is installed
-	@if $(UV) python find --no-python-downloads 3.12 > /dev/null 2>&1; then \
-		$(UV) venv -q --allow-existing --python 3.12 .venv-3.12 && \
+	@if $(UV) venv -q --allow-existing --python $(PYTHON_3_12) .venv-3.12; then \
 		$(UV) pip sync -q --require-hashes --python .venv-3.12/bin/python requirements/dev.txt && \
 		$(UV) pip install -q --no-deps --python .venv-3.12/bin/python -e operator -e runtime && \
 		.venv-3.12/bin/pytest tests/unit; \
-	else echo "SKIPPED: there is no Python 3.12 on this machine"; fi
+	else echo "SKIPPED: there is no Python 3.12, and uv could not fetch one"; fi
 
 test-cluster: setup ## Run the cluster cases marked ci on the local cluster
 	.venv/bin/pytest tests/cluster -m ci
