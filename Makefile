@@ -53,8 +53,8 @@ test-cluster: setup ## Run the cluster cases marked ci on the local cluster
 test: setup ## Run lint and all tests, with the time of each part
 	@hack/run-parts.sh lint test-unit test-unit-3.12 test-integration test-cluster
 
-test-long: setup ## Run every repetition, soak and matrix
-	.venv/bin/pytest tests
+test-long: setup ## Run every repetition and matrix, and write docs/test-reports
+	@hack/test-long.sh
 
 demo: setup ## From a manifest to an answer; MODEL=<folder> serves that checkpoint
 	@$(DEMO) up

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from local_cluster import layout, steps
+from local_cluster import images, layout, steps
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _PYTHON_IMAGE = "docker.io/library/python:3.11-slim-bookworm"
@@ -34,8 +34,6 @@ def choose_target() -> Target:
 def _local() -> Target:
     where = layout.default_layout()
     option = f"--kubeconfig={where.kubeconfig}"
-    from local_cluster import images
-
     return Target(
         is_local=True,
         kubectl=(str(where.tool("kubectl")), option),

@@ -28,7 +28,12 @@ def body(**more):
 
 
 def ask(server, **more):
-    return httpx.post(f"{server.url}/v1/chat/completions", json=body(**more), timeout=60)
+    return httpx.post(
+        f"{server.url}/v1/chat/completions",
+        content=json.dumps(body(**more)),
+        headers={"Content-Type": "application/json"},
+        timeout=60,
+    )
 
 
 @pytest.fixture
