@@ -3,6 +3,8 @@
 import enum
 
 _CONFLICT = 409
+_REFUSALS = frozenset({400, 403, _CONFLICT, 413, 422})
+"""Statuses that are about the object; 401, 404 and 429 are about the moment."""
 
 
 class Reason(enum.StrEnum):
@@ -50,7 +52,7 @@ class KubeError(OperatorError):
     @property
     def is_refusal(self) -> bool:
         """Whether the server has understood and will not do it: trying again will not help."""
-        return 400 <= self.status < 500  # noqa: PLR2004 - HTTP's client errors
+        return self.status in _REFUSALS
 
 
 class NameTakenError(KubeError):
