@@ -82,7 +82,7 @@ def _build(arguments: argparse.Namespace, config_: settings.Settings) -> dict[st
         backend=arguments.backend,
         architecture=arguments.architecture,
         versions=json.loads(arguments.versions),
-        flags=folder.BuildFlags.from_json(json.loads(arguments.flags)),
+        limits=folder.limits_of(json.loads(arguments.flags)),
     )
     published = build.build(
         spec, cache=_cache(arguments, config_), stage=progress.Progress("build")

@@ -75,7 +75,7 @@ def test_ports_and_folders_are_equal():
 
 
 def test_the_operator_sends_the_build_flags_that_the_runtime_reads():
-    assert folder.BuildFlags.from_json(FLAGS).to_json() == FLAGS
+    assert folder.flags_of(folder.limits_of(FLAGS)) == FLAGS
     resource = v1alpha1.Resource.model_validate(
         {
             "metadata": {"name": "x", "namespace": "y", "uid": "z"},

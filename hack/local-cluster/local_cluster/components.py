@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from local_cluster import layout
@@ -40,16 +41,16 @@ def write_configuration(where: layout.Layout) -> None:
     """Write the files that the processes read."""
     for folder in (where.logs, where.state / "cni", where.state / "volumes", where.store):
         folder.mkdir(parents=True, exist_ok=True)
-    (where.state / "containerd.toml").write_text(_containerd_config(where))
-    (where.state / "registry.yml").write_text(_registry_config(where))
-    (where.state / "Corefile").write_text(_corefile(where))
+    _write(where.state / "containerd.toml", _containerd_config(where))
+    _write(where.state / "registry.yml", _registry_config(where))
+    _write(where.state / "Corefile", _corefile(where))
     _write_json(where.state / "kubelet.json", _kubelet_config(where))
     _write_json(where.state / "proxy.json", _proxy_config(where))
     _write_json(where.state / "cni" / "10-pods.conflist", _cni_config(where))
     hosts = where.state / "certs.d" / layout.REGISTRY
     hosts.mkdir(parents=True, exist_ok=True)
     url = f"http://{layout.REGISTRY}"
-    (hosts / "hosts.toml").write_text(f'server = "{url}"\n\n[host."{url}"]\n')
+    _write(hosts / "hosts.toml", f'server = "{url}"\n\n[host."{url}"]\n')
 
 
 def _component(where: layout.Layout, program: str, **flags: object) -> Component:
@@ -314,5 +315,11 @@ def _corefile(where: layout.Layout) -> str:
 """
 
 
-def _write_json(path: Any, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file unless it is as it should be: kube-proxy ends when its file is written."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from internvl_runtime import errors
 from internvl_runtime.artifacts import progress
-from internvl_runtime.engine import device, folder
+from internvl_runtime.engine import device, folder, interface
 from internvl_runtime.model import config, tokenizer
 from internvl_runtime.store import cache as caches
 from internvl_runtime.store import keys
@@ -23,7 +23,7 @@ class EngineSpec:
     backend: str
     architecture: str
     versions: Mapping[str, str]
-    flags: folder.BuildFlags
+    limits: interface.EngineLimits
 
     def inputs(self) -> dict[str, object]:
         """Return the inputs of the engine's key."""
@@ -32,7 +32,7 @@ class EngineSpec:
             backend=self.backend,
             architecture=self.architecture,
             versions=self.versions,
-            build=self.flags.to_json(),
+            build=folder.flags_of(self.limits),
         )
 
 
@@ -101,7 +101,7 @@ def _verify(
     model = config.read_model_config(model_folder)
     tokens = tokenizer.load_tokenizer(model_folder, model)
     report(0, 1)
-    loaded = generator.Generator(checkpoint.path, model, spec.flags.limits())
+    loaded = generator.Generator(checkpoint.path, model, spec.limits)
     recorded = verification.record(loaded, model, tokens)
     report(1, 1)
     return [dataclasses.asdict(entry) for entry in recorded]

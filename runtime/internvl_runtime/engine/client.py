@@ -32,7 +32,7 @@ class WorkerEngine:
     """Starts the worker, passes requests to it, and tells everyone when it is gone."""
 
     def __init__(self, engine: folder.EngineFolder, *, threads: int, start_seconds: float) -> None:
-        self.limits = engine.flags.limits()
+        self.limits = engine.limits
         self._engine = engine
         self._threads = threads
         self._start_seconds = start_seconds

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +16,22 @@ MODEL_FOLDER = "model"
 VERIFICATION = "verification.json"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BuildFlags:
-    """Every flag of an engine after defaulting; part of its key."""
+def limits_of(flags: Mapping[str, int]) -> interface.EngineLimits:
+    """Read build flags (camelCase, every one of them); raises StageError for other names."""
+    fields = dataclasses.fields(interface.EngineLimits)
+    names = {_camel_case(field.name): field.name for field in fields}
+    if set(flags) != set(names):
+        raise errors.StageError(
+            errors.Reason.INVALID_SPEC,
+            f"the build flags are {sorted(flags)}, expected {sorted(names)}",
+            remedy="use the same release of operator and runtime image",
+        )
+    return interface.EngineLimits(**{names[key]: int(value) for key, value in flags.items()})
 
-    max_batch_size: int
-    max_sequence_tokens: int
-    max_input_tokens: int
-    max_batched_tokens: int
-    max_tiles_per_image: int
-    max_tiles_per_request: int
 
-    @classmethod
-    def from_json(cls, raw: dict[str, int]) -> "BuildFlags":
-        """Read the names that keys and manifests use (camelCase)."""
-        names = {_camel_case(field.name): field.name for field in dataclasses.fields(cls)}
-        if set(raw) != set(names):
-            raise errors.StageError(
-                errors.Reason.INVALID_SPEC,
-                f"the build flags are {sorted(raw)}, expected {sorted(names)}",
-                remedy="use the same release of operator and runtime image",
-            )
-        return cls(**{names[key]: int(value) for key, value in raw.items()})
-
-    def to_json(self) -> dict[str, int]:
-        """Return the flags under the names that keys and manifests use."""
-        return {_camel_case(name): value for name, value in dataclasses.asdict(self).items()}
-
-    def limits(self) -> interface.EngineLimits:
-        """Return what the server may ask of an engine with these flags."""
-        return interface.EngineLimits(**dataclasses.asdict(self))
+def flags_of(limits: interface.EngineLimits) -> dict[str, int]:
+    """Return limits under the names that keys and manifests use."""
+    return {_camel_case(name): value for name, value in dataclasses.asdict(limits).items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +43,7 @@ class EngineFolder:
     checkpoint: Path
     backend: str
     dtype: str
-    flags: BuildFlags
+    limits: interface.EngineLimits
     model: config.ModelConfig
 
     def load_tokenizer(self) -> tokenizer.Tokenizer:
@@ -89,7 +76,7 @@ def open_engine(path: Path) -> EngineFolder:
         checkpoint=checkpoint.path,
         backend=inputs["backend"],
         dtype=checkpoint.manifest.inputs["dtype"],
-        flags=BuildFlags.from_json(inputs["build"]),
+        limits=limits_of(inputs["build"]),
         model=config.read_model_config(path / MODEL_FOLDER),
     )
 

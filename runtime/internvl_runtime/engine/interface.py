@@ -23,7 +23,7 @@ class FinishReason(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineLimits:
-    """What the server checks before it queues anything."""
+    """What an engine was built for, every build flag of it; the server checks requests with it."""
 
     max_sequence_tokens: int
     """Prompt and answer together."""

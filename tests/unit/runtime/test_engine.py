@@ -92,9 +92,9 @@ def test_a_chunk_sees_the_past_and_its_own_beginning():
 
 
 def test_build_flags_survive_a_round_trip():
-    assert folder.BuildFlags.from_json(FLAGS).to_json() == FLAGS
+    assert folder.flags_of(folder.limits_of(FLAGS)) == FLAGS
 
 
 def test_unknown_build_flags_are_refused():
     with pytest.raises(errors.StageError, match="build flags"):
-        folder.BuildFlags.from_json({**FLAGS, "beams": 4})
+        folder.limits_of({**FLAGS, "beams": 4})

@@ -86,7 +86,7 @@ class Generator:
 
 def load_generator(engine: folder.EngineFolder) -> Generator:
     """Load the model of an engine folder."""
-    return Generator(engine.checkpoint, engine.model, engine.flags.limits())
+    return Generator(engine.checkpoint, engine.model, engine.limits)
 
 
 def _finish_reason(
