@@ -12,7 +12,7 @@ import rich.table
 import yaml
 from local_cluster import cluster, layout, steps
 
-from demo import product
+from demo import pods, product
 from demo import target as targets
 
 NAMESPACE = "internvl-demo"
@@ -60,14 +60,14 @@ def reload() -> None:
         target.run_kubectl(
             "annotate", "ivl", *names, "--overwrite", annotation, f"--namespace={NAMESPACE}"
         )
-        pods = [
+        list_images = [
             *target.kubectl, "get", "pods", f"--namespace={NAMESPACE}",
             "--selector=app.kubernetes.io/component=runtime",
             "-o", "jsonpath={.items[*].spec.containers[0].image}",
         ]  # fmt: skip
 
         def only_new_pods() -> bool:
-            return set(steps.run(pods).split()) == {references["internvl-runtime"]}
+            return set(steps.run(list_images).split()) == {references["internvl-runtime"]}
 
         steps.wait_for(
             "rollout", only_new_pods, seconds=_READY_SECONDS, hint="kubectl describe ivl"
@@ -158,11 +158,14 @@ def _copy_model(target: targets.Target, folder: Path, *, image: str) -> None:
             "resources": {"requests": {"storage": str(size + _SLACK_BYTES)}},
         },
     }
-    pod = _pod("demo-copy", image=image, command=["sleep", "infinity"])
-    pod["spec"]["containers"][0]["volumeMounts"] = [{"name": "model", "mountPath": "/model"}]
-    pod["spec"]["volumes"] = [
-        {"name": "model", "persistentVolumeClaim": {"claimName": _MODEL_CLAIM}}
-    ]
+    pod = pods.restricted_pod(
+        "demo-copy",
+        namespace=NAMESPACE,
+        image=image,
+        command=["sleep", "infinity"],
+        path="/model",
+        volume={"persistentVolumeClaim": {"claimName": _MODEL_CLAIM}},
+    )
     with steps.step(f"copy {folder} ({size / 1e9:.1f} GB) into claim {_MODEL_CLAIM}"):
         content = json.dumps({"apiVersion": "v1", "kind": "List", "items": [claim, pod]})
         target.run_kubectl("apply", "--server-side", "-f", "-", input_text=content)
@@ -189,40 +192,14 @@ def _asking_pod(name: str, *, image: str) -> dict[str, Any]:
     base_url = f"http://{name}.{NAMESPACE}.svc:8000/v1"
     command = ["/opt/internvl/bin/python", "/demo/ask.py"]
     picture = f"/demo/{PICTURE.name}"
-    pod = _pod("demo-question", image=image, command=[*command, base_url, name, picture, QUESTION])
-    pod["spec"]["containers"][0]["volumeMounts"] = [{"name": "demo", "mountPath": "/demo"}]
-    pod["spec"]["volumes"] = [{"name": "demo", "configMap": {"name": "demo-question"}}]
-    return pod
-
-
-def _pod(name: str, *, image: str, command: list[str]) -> dict[str, Any]:
-    """Return a pod that the restricted profile admits."""
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "namespace": NAMESPACE},
-        "spec": {
-            "restartPolicy": "Never",
-            "automountServiceAccountToken": False,
-            "securityContext": {
-                "runAsNonRoot": True,
-                "fsGroup": 10001,
-                "seccompProfile": {"type": "RuntimeDefault"},
-            },
-            "containers": [
-                {
-                    "name": name,
-                    "image": image,
-                    "command": command,
-                    "securityContext": {
-                        "allowPrivilegeEscalation": False,
-                        "capabilities": {"drop": ["ALL"]},
-                        "readOnlyRootFilesystem": True,
-                    },
-                }
-            ],
-        },
-    }
+    return pods.restricted_pod(
+        "demo-question",
+        namespace=NAMESPACE,
+        image=image,
+        command=[*command, base_url, name, picture, QUESTION],
+        path="/demo",
+        volume={"configMap": {"name": "demo-question"}},
+    )
 
 
 def _read_status(target: targets.Target, name: str) -> dict[str, Any]:

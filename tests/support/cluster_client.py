@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import httpx
+from demo import pods
 from local_cluster import steps
 
 READY_SECONDS = 240
@@ -118,7 +119,16 @@ class Client:
         self, name: str, command: list[str], *, claim: str, path: str = "/data"
     ) -> tuple[str, str]:
         """Run a restricted pod with a claim to its end; returns phase and log."""
-        self.apply(restricted_pod(name, self.images["internvl-runtime"], command, claim, path))
+        self.apply(
+            pods.restricted_pod(
+                name,
+                namespace=self.namespace,
+                image=self.images["internvl-runtime"],
+                command=command,
+                path=path,
+                volume={"persistentVolumeClaim": {"claimName": claim}},
+            )
+        )
         phases = {"Succeeded", "Failed"}
         self.wait_until(f"{name} ends", lambda: self.get("pod", name)["status"]["phase"] in phases)
         phase = self.get("pod", name)["status"]["phase"]
@@ -149,9 +159,9 @@ class Client:
             ["get", "events", "--sort-by=.metadata.creationTimestamp"],
         )
         parts = [self._try(*arguments) for arguments in views]
-        pods = self._try("get", "pods", "-o", "name").split()
+        names = self._try("get", "pods", "-o", "name").split()
         parts += [
-            f"--- log of {pod}\n" + self._try("logs", pod, "--all-containers") for pod in pods
+            f"--- log of {pod}\n" + self._try("logs", pod, "--all-containers") for pod in names
         ]
         operator = ["--namespace=internvl-system", "logs", "deploy/internvl-operator", "--tail=40"]
         parts.append("--- log of the operator\n" + self._try(*operator))
@@ -162,37 +172,3 @@ class Client:
             return self.kubectl(*arguments)
         except steps.ClusterError as e:
             return str(e)
-
-
-def restricted_pod(
-    name: str, image: str, command: list[str], claim: str, path: str
-) -> dict[str, Any]:
-    """Return a pod that the restricted profile admits, with a claim."""
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name},
-        "spec": {
-            "restartPolicy": "Never",
-            "securityContext": {
-                "runAsNonRoot": True,
-                "runAsUser": 10001,
-                "fsGroup": 10001,
-                "seccompProfile": {"type": "RuntimeDefault"},
-            },
-            "containers": [
-                {
-                    "name": "main",
-                    "image": image,
-                    "command": command,
-                    "securityContext": {
-                        "allowPrivilegeEscalation": False,
-                        "capabilities": {"drop": ["ALL"]},
-                        "readOnlyRootFilesystem": True,
-                    },
-                    "volumeMounts": [{"name": "data", "mountPath": path}],
-                }
-            ],
-            "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": claim}}],
-        },
-    }

@@ -50,9 +50,6 @@ def fetch(
     stage: progress.Progress,
 ) -> caches.Published:
     """Publish the weights of a source; raises StageError when they are other ones by now."""
-    published = cache.find(keys.Kind.WEIGHTS, weights)
-    if published and origin.holds(published):
-        return published
     with cache.workspace(keys.Kind.WEIGHTS, weights) as workspace:
         published = cache.find(keys.Kind.WEIGHTS, weights)
         if published and origin.holds(published):
@@ -78,9 +75,9 @@ def _check_unchanged(expected: str, found: str) -> None:
 
 
 def _derived(cache: caches.Cache, kind: keys.Kind, field: str, parents: set[str]) -> list[str]:
-    found = []
-    for key in cache.list_keys(kind):
-        published = cache.find(kind, key)
-        if published and published.manifest.inputs.get(field) in parents:
-            found.append((str(published.manifest.provenance.get("publishedAt")), key))
+    found = [
+        (str(published.manifest.provenance.get("publishedAt")), published.path.name)
+        for published in cache.list_published(kind)
+        if published.manifest.inputs.get(field) in parents
+    ]
     return [key for _, key in sorted(found)]

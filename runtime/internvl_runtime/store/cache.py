@@ -88,11 +88,12 @@ class Cache:
         """Return a published folder; raises StageError when it is absent or incomplete."""
         return Published(self.path_of(kind, key), read_manifest(self.path_of(kind, key)))
 
-    def list_keys(self, kind: keys.Kind) -> list[str]:
-        """Return the keys that are published, sorted."""
+    def list_published(self, kind: keys.Kind) -> list[Published]:
+        """Return the complete folders of a kind, sorted by their keys."""
         folder = self.root / kind.value
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        return sorted(name for name in names if self.find(kind, name))
+        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        found = (self.find(kind, name) for name in names)
+        return [published for published in found if published]
 
     @contextlib.contextmanager
     def workspace(self, kind: keys.Kind, key: str) -> Iterator[Path]:

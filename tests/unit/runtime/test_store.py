@@ -81,7 +81,8 @@ def test_a_damaged_folder_is_replaced_by_the_next_build(tmp_path):
     repaired = publish(tmp_path)
 
     assert (repaired.path / "rank0.safetensors").read_bytes() == b"data"
-    assert cache.Cache(tmp_path).list_keys(keys.Kind.CHECKPOINTS) == [repaired.path.name]
+    listed = cache.Cache(tmp_path).list_published(keys.Kind.CHECKPOINTS)
+    assert [published.path.name for published in listed] == [repaired.path.name]
 
 
 def test_a_workspace_survives_a_failure(tmp_path):
