@@ -27,7 +27,7 @@ lint: setup ## Check style, types and layers
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	MYPYPATH=hack:hack/local-cluster .venv/bin/mypy -p local_cluster -p demo
+	MYPYPATH=hack:hack/local-cluster .venv/bin/mypy -p local_cluster -p demo -p tiny_shapes
 	.venv/bin/lint-imports
 
 fmt: setup ## Format the code
@@ -75,7 +75,7 @@ cluster-down: setup ## Take the local cluster down; PURGE=1 removes its caches t
 	@$(LOCAL_CLUSTER) down $(if $(PURGE),--purge)
 
 lock: setup ## Write the lock files anew
-	hack/lock.sh
+	PATH="$(dir $(UV)):$$PATH" hack/lock.sh
 
 .PHONY: help setup lint fmt test-unit test-unit-3.12 test-integration test-cluster test test-long demo demo-down \
 	reload cluster-up cluster-status cluster-down lock

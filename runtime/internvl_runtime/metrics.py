@@ -5,6 +5,9 @@ import prometheus_client
 REQUESTS = prometheus_client.Counter(
     "internvl_requests_total", "Requests by how they ended.", ["finished_reason"]
 )
+IGNORED_FIELDS = prometheus_client.Counter(
+    "internvl_ignored_fields_total", "Fields of request bodies that this server does not know."
+)
 PROMPT_TOKENS = prometheus_client.Counter(
     "internvl_prompt_tokens_total", "Prompt tokens of admitted requests, image tokens included."
 )

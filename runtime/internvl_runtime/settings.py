@@ -40,7 +40,51 @@ class Settings(pydantic_settings.BaseSettings):
     """Requests that may wait for the engine; one more gets a 429. Higher means longer waits."""
 
     max_request_bytes: int = 64 * 2**20
-    """Largest request body, in bytes: base64 pictures count with a third more."""
+    """Largest request body, in bytes: base64 pictures count with a third more. What one request's
+    URLs bring together has the same bound."""
+
+    max_waiting_bytes: int = 2 * 2**30
+    """Bytes of pictures that waiting requests may hold together; one more gets a 429."""
+
+    max_messages: int = 1024
+    """Messages of one conversation."""
+
+    parse_special_tokens: bool = False
+    """Whether the words of special tokens in a user's text (`<ref>`, `<|im_end|>`) become those
+    tokens, as in the authors' code. Off, text stays text: nobody writes another's turn."""
+
+    media_folder: Path | None = None
+    """Folder below which `file://` pictures and videos may be read; none: no file is."""
+
+    fetch_allowed_hosts: tuple[str, ...] = ()
+    """Hosts of http(s) pictures, `.suffix` for all below one; empty: every public host."""
+
+    fetch_private_hosts: tuple[str, ...] = ()
+    """Hosts whose addresses may be private, loopback or link-local. Metadata addresses never."""
+
+    fetch_proxy: str | None = None
+    """HTTP proxy that http(s) pictures are fetched through; it resolves and connects then."""
+
+    fetch_seconds: float = 10.0
+    """Time for one picture, redirects included."""
+
+    max_video_bytes: int = 48 * 2**20
+    """Largest video, in bytes."""
+
+    video_frames: int = 8
+    """Frames of a video that says no `num_frames`; the model card's default."""
+
+    max_video_frames: int = 32
+    """Most `num_frames` of a video: each frame is a tile of 256 tokens."""
+
+    video_seconds: float = 30.0
+    """Processor and wall time for decoding one video."""
+
+    api_keys_file: Path | None = None
+    """File with one API key a line, read again when it changes; none: no key is needed."""
+
+    cors_allowed_origins: tuple[str, ...] = ()
+    """Origins of web pages that may call the API; empty: CORS is off."""
 
     preparation_threads: int = 2
     """Requests whose pictures and text are prepared at the same time; the others wait."""
@@ -48,8 +92,12 @@ class Settings(pydantic_settings.BaseSettings):
     worker_start_seconds: float = 1800.0
     """How long the engine worker may take to load before the server gives up."""
 
+    propagation_seconds: float = 10.0
+    """How long requests are still accepted after SIGTERM, until every node knows that this pod
+    has left its Service."""
+
     drain_seconds: float = 60.0
-    """How long running requests may go on after SIGTERM."""
+    """How long running requests may go on behind that."""
 
     tokenizer_model: Path = Path("../shared/data/tokenizers/internlm2.model")
     """A copy of InternLM2's tokenizer.model; only synthesizing its published shapes needs it."""

@@ -44,10 +44,13 @@ _WORDS = (
 )  # fmt: skip
 
 
-def write_small_qwen(folder: Path) -> int:
-    """Write a small vocabulary in the Qwen family's formats; returns the number of ids."""
+def write_small_qwen(folder: Path, words: Sequence[str] = _WORDS) -> int:
+    """Write a small vocabulary in the Qwen family's formats; returns the number of ids.
+
+    Bytes and `words` are tokens, and so are the words' beginnings.
+    """
     pieces = list(tokenizer.byte_of_character())
-    merges = list(_chain_merges(word.replace(" ", "Ġ") for word in _WORDS))
+    merges = list(_chain_merges(word.replace(" ", "Ġ") for word in words))
     pieces += ["".join(merge) for merge in merges]
     return _write_qwen(folder, pieces, merges)
 
@@ -75,9 +78,9 @@ def write_real_qwen(folder: Path) -> int:
     return _write_qwen(folder, pieces, merges)
 
 
-def write_small_internlm2(folder: Path) -> int:
+def write_small_internlm2(folder: Path, words: Sequence[str] = _WORDS) -> int:
     """Write a small sentencepiece model in the InternLM2 family's formats."""
-    merges = list(_chain_merges(word.replace(" ", "▁") for word in _WORDS))
+    merges = list(_chain_merges(word.replace(" ", "▁") for word in words))
     characters = sorted({piece for merge in merges for piece in merge if len(piece) == 1})
     merged = ["".join(merge) for merge in merges]
     content = _sentencepiece_model(characters + merged)

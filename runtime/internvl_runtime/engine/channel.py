@@ -15,7 +15,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-VERSION = 1
+from internvl_runtime.engine import interface
+from internvl_runtime.model import prompt
+
+VERSION = 2
 _LENGTH_BYTES = 4
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory
 _PREFIX = "internvl-tiles-"
@@ -33,13 +36,11 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     request_id: str
     token_ids: tuple[int, ...]
-    placements: tuple[tuple[int, int, int], ...]
+    placements: tuple[prompt.ImagePlacement, ...]
     tiles: tuple[SharedArray, ...]
     stop_token_ids: frozenset[int]
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
+    sampling: interface.Sampling
+    constraint: interface.Constraint | None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -71,8 +72,11 @@ class StepResult(msgspec.Struct, frozen=True):
 
     request_id: str
     token_ids: tuple[int, ...]
-    finish_reason: str | None = None
+    log_probabilities: tuple[interface.TokenLogProbabilities, ...] = ()
+    finish_reason: interface.FinishReason | None = None
     error: str | None = None
+    parameter: str | None = None
+    """The field of the request that is wrong, where the error is the client's."""
 
 
 class Steps(msgspec.Struct, frozen=True, tag=True):

@@ -178,13 +178,12 @@ class WorkerEngine:
         running = self._running
         if running is None or running.request.request_id != result.request_id:
             return
-        error = errors.EngineUnavailableError(result.error) if result.error else None
-        finish = interface.FinishReason(result.finish_reason) if result.finish_reason else None
         step = interface.Step(
             request_id=running.request.request_id,
             token_ids=result.token_ids,
-            finish_reason=finish,
-            error=error,
+            log_probabilities=result.log_probabilities,
+            finish_reason=result.finish_reason,
+            error=_error_of(result),
         )
         running.sink(step)
         if step.is_last:
@@ -226,18 +225,23 @@ def _share_tiles(
 def _to_submit(
     request: interface.GenerationRequest, tiles: tuple[channel.SharedArray, ...]
 ) -> channel.Submit:
-    sampling = request.sampling
     return channel.Submit(
         request_id=request.request_id,
         token_ids=request.prompt.token_ids,
-        placements=tuple(dataclasses.astuple(place) for place in request.prompt.placements),
+        placements=request.prompt.placements,
         tiles=tiles,
         stop_token_ids=request.stop_token_ids,
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
+        sampling=request.sampling,
+        constraint=request.constraint,
     )
+
+
+def _error_of(result: channel.StepResult) -> errors.RuntimeBaseError | None:
+    if result.error is None:
+        return None
+    if result.parameter is None:
+        return errors.EngineUnavailableError(result.error)
+    return errors.RequestError(result.error, parameter=result.parameter or None)
 
 
 def _start_error(message: str) -> errors.StageError:

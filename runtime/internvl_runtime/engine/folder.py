@@ -18,20 +18,25 @@ VERIFICATION = "verification.json"
 
 def limits_of(flags: Mapping[str, int]) -> interface.EngineLimits:
     """Read build flags (camelCase, every one of them); raises StageError for other names."""
-    fields = dataclasses.fields(interface.EngineLimits)
-    names = {_camel_case(field.name): field.name for field in fields}
+    names = {_camel_case(name): name for name in _flag_names()}
     if set(flags) != set(names):
         raise errors.StageError(
             errors.Reason.INVALID_SPEC,
             f"the build flags are {sorted(flags)}, expected {sorted(names)}",
             remedy="use the same release of operator and runtime image",
         )
-    return interface.EngineLimits(**{names[key]: int(value) for key, value in flags.items()})
+    values: dict[str, Any] = {names[key]: int(value) for key, value in flags.items()}
+    return interface.EngineLimits(**values)
 
 
 def flags_of(limits: interface.EngineLimits) -> dict[str, int]:
     """Return limits under the names that keys and manifests use."""
-    return {_camel_case(name): value for name, value in dataclasses.asdict(limits).items()}
+    return {_camel_case(name): getattr(limits, name) for name in _flag_names()}
+
+
+def _flag_names() -> list[str]:
+    fields = dataclasses.fields(interface.EngineLimits)
+    return [field.name for field in fields if field.name != "capabilities"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,22 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
 
 
+class Capability(enum.StrEnum):
+    """What an engine may offer beyond temperature, top_p, max_tokens and seed.
+
+    The values are the request fields that need it.
+    """
+
+    TOP_K = "top_k"
+    MIN_P = "min_p"
+    PRESENCE_PENALTY = "presence_penalty"
+    FREQUENCY_PENALTY = "frequency_penalty"
+    REPETITION_PENALTY = "repetition_penalty"
+    LOGIT_BIAS = "logit_bias"
+    LOG_PROBABILITIES = "logprobs"
+    GUIDED_DECODING = "response_format"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineLimits:
     """What an engine was built for, every build flag of it; the server checks requests with it."""
@@ -35,6 +51,8 @@ class EngineLimits:
     """Tiles of a grid; the thumbnail comes on top."""
     max_tiles_per_request: int
     """Tiles of all pictures, thumbnails included."""
+    capabilities: frozenset[Capability] = frozenset(Capability)
+    """Comes with the backend, and is no build flag."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +63,47 @@ class Sampling:
     temperature: float = 1.0
     """0 takes the most likely token."""
     top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps every token."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids and what is added to their logits."""
+    log_probabilities: int | None = None
+    """How many of the most likely tokens are told at each step; None tells nothing."""
     seed: int | None = None
+    answer_index: int = 0
+    """Which of the `n` answers to one prompt this is: with one seed, each is another."""
+
+
+class ConstraintKind(enum.StrEnum):
+    """What an answer must look like."""
+
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """A grammar that every answer follows."""
+
+    kind: ConstraintKind
+    schema: str = ""
+    """JSON text of a schema, for `json_schema`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogProbabilities:
+    """How likely a generated token was, by the model's own logits.
+
+    Natural logarithms, before penalties, bias, temperature and cuts.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+    """The most likely token ids, best first."""
 
 
 class Image(Protocol):
@@ -54,6 +112,11 @@ class Image(Protocol):
     @property
     def content_hash(self) -> str:
         """Equal hashes have equal tiles."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes held until the request is answered."""
         ...
 
     def load(self) -> npt.NDArray[np.uint8]:
@@ -70,6 +133,8 @@ class GenerationRequest:
     images: Sequence[Image]
     sampling: Sampling
     stop_token_ids: frozenset[int]
+    """Ids that end the answer; none with `ignore_eos`."""
+    constraint: Constraint | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +143,8 @@ class Step:
 
     request_id: RequestId
     token_ids: tuple[int, ...]
+    log_probabilities: tuple[TokenLogProbabilities, ...] = ()
+    """One for each token, where the request asks for them."""
     finish_reason: FinishReason | None = None
     error: errors.RuntimeBaseError | None = None
     """Why the request was given up; no further step follows."""

@@ -35,6 +35,7 @@ class _DrawnImage:
     """A picture without a file: two tiles side by side and their thumbnail."""
 
     content_hash: str = "verification"
+    size: int = 0
 
     def load(self) -> npt.NDArray[np.uint8]:
         size = config.TILE_SIZE
@@ -105,8 +106,8 @@ def _requests(
     model: config.ModelConfig, tokens: tokenizer.Tokenizer
 ) -> Iterator[interface.GenerationRequest]:
     for name, parts in (("image", (conversation.Image(0), _QUESTION)), ("text", (_QUESTION,))):
-        turn = conversation.Turn(conversation.Role.USER, conversation.place_images(parts))
-        segments = conversation.render([turn], system_message=model.system_message)
+        turns = conversation.place_images([conversation.Turn(conversation.Role.USER, parts)])
+        segments = conversation.render(turns, system_message=model.system_message)
         images = [_DrawnImage()] if len(parts) > 1 else []
         yield interface.GenerationRequest(
             request_id=interface.RequestId(name),

@@ -48,13 +48,19 @@ class Worker:
 
     def _answer(self, submitted: channel.Submit) -> None:
         tiles = [channel.take(shared) for shared in submitted.tiles]
-        for step in self._generator.generate(_to_request(submitted), tiles):
-            if submitted.request_id in self._cancelled:
-                self._send(channel.StepResult(submitted.request_id, (), error="cancelled"))
-                return
-            if step is not None:
-                reason = step.finish_reason.value if step.finish_reason else None
-                self._send(channel.StepResult(submitted.request_id, (step.token_id,), reason))
+        try:
+            for step in self._generator.generate(_to_request(submitted), tiles):
+                if submitted.request_id in self._cancelled:
+                    self._send(channel.StepResult(submitted.request_id, (), error="cancelled"))
+                    return
+                if step is not None:
+                    self._send(_to_result(submitted.request_id, step))
+        except errors.RequestError as e:
+            self._send(
+                channel.StepResult(
+                    submitted.request_id, (), error=e.message, parameter=e.parameter or ""
+                )
+            )
 
 
 class Send:
@@ -122,18 +128,22 @@ async def _receive(reader: asyncio.StreamReader, worker: Worker) -> None:
 
 
 def _to_request(submitted: channel.Submit) -> interface.GenerationRequest:
-    placements = tuple(prompt.ImagePlacement(*placement) for placement in submitted.placements)
     return interface.GenerationRequest(
         request_id=interface.RequestId(submitted.request_id),
-        prompt=prompt.Prompt(submitted.token_ids, placements),
+        prompt=prompt.Prompt(submitted.token_ids, submitted.placements),
         images=(),
-        sampling=interface.Sampling(
-            max_tokens=submitted.max_tokens,
-            temperature=submitted.temperature,
-            top_p=submitted.top_p,
-            seed=submitted.seed,
-        ),
+        sampling=submitted.sampling,
         stop_token_ids=submitted.stop_token_ids,
+        constraint=submitted.constraint,
+    )
+
+
+def _to_result(request_id: str, step: generators.Generated) -> channel.StepResult:
+    return channel.StepResult(
+        request_id,
+        (step.token_id,),
+        log_probabilities=step.log_probabilities,
+        finish_reason=step.finish_reason,
     )
 
 

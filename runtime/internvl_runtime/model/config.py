@@ -21,22 +21,47 @@ PATCH_SIZE = 14
 TOKENS_PER_TILE = 256
 MAX_CONTEXT = 32768
 
+_ABSENT = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fixed:
+    """The one value of a field that is known to give the right numbers."""
+
+    value: object
+    by_default: object = _ABSENT
+    """What the authors' class takes where the field is absent."""
+
+
 _FIXED_TOP_LEVEL = {
-    "template": "internvl2_5",
-    "downsample_ratio": 0.5,
-    "ps_version": "v2",
-    "select_layer": -1,
-    "dynamic_image_size": True,
-    "use_thumbnail": True,
-    "force_image_size": TILE_SIZE,
-    "pad2square": False,
+    "template": _Fixed("internvl2_5"),
+    "downsample_ratio": _Fixed(0.5, by_default=0.5),
+    "ps_version": _Fixed("v2", by_default="v1"),
+    "select_layer": _Fixed(-1, by_default=-1),
+    "dynamic_image_size": _Fixed(True, by_default=False),
+    "use_thumbnail": _Fixed(True, by_default=False),
+    "min_dynamic_patch": _Fixed(1, by_default=1),
+    "force_image_size": _Fixed(TILE_SIZE),
+    "pad2square": _Fixed(False, by_default=False),
+    "use_backbone_lora": _Fixed(0, by_default=0),
+    "use_llm_lora": _Fixed(0, by_default=0),
+    "tie_word_embeddings": _Fixed(False, by_default=False),
+    "quantization_config": _Fixed(None, by_default=None),
 }
-_FIXED_VISION = {"image_size": TILE_SIZE, "patch_size": PATCH_SIZE, "hidden_act": "gelu"}
+_FIXED_VISION = {
+    "image_size": _Fixed(TILE_SIZE),
+    "patch_size": _Fixed(PATCH_SIZE),
+    "num_channels": _Fixed(3, by_default=3),
+    "hidden_act": _Fixed("gelu", by_default="gelu"),
+}
 _FIXED_LANGUAGE = {
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "max_position_embeddings": MAX_CONTEXT,
+    "hidden_act": _Fixed("silu", by_default="silu"),
+    "tie_word_embeddings": _Fixed(False, by_default=False),
+    "max_position_embeddings": _Fixed(MAX_CONTEXT),
+    "use_sliding_window": _Fixed(False, by_default=False),
+    "quantization_config": _Fixed(None, by_default=None),
 }
+_INTERNLM2_BIAS = _Fixed(False, by_default=True)
 
 
 class Family(enum.StrEnum):
@@ -143,13 +168,19 @@ def parse_model_config(raw: Any) -> ModelConfig:
     if not isinstance(raw, Mapping) or raw.get("model_type") != "internvl_chat":
         found = raw.get("model_type") if isinstance(raw, Mapping) else type(raw).__name__
         raise _unsupported("model_type", "internvl_chat", found)
-    for key, expected in _FIXED_TOP_LEVEL.items():
-        _check(raw, key, expected, where="")
+    _check_fixed(raw, _FIXED_TOP_LEVEL, where="")
     return ModelConfig(
         language=_parse_language(_section(raw, "llm_config")),
         vision=_parse_vision(_section(raw, "vision_config")),
-        system_message=raw.get("system_message"),
+        system_message=_system_message(raw),
     )
+
+
+def _system_message(raw: Mapping[str, Any]) -> str | None:
+    message = raw.get("system_message")
+    if message is not None and not isinstance(message, str):
+        raise _unsupported("system_message", "a text or null", message)
+    return message
 
 
 def _parse_language(raw: Mapping[str, Any]) -> LanguageConfig:
@@ -157,12 +188,10 @@ def _parse_language(raw: Mapping[str, Any]) -> LanguageConfig:
     if architecture not in _ARCHITECTURES:
         raise _unsupported("llm_config.architectures", " or ".join(_ARCHITECTURES), architecture)
     family = _ARCHITECTURES[architecture]
-    for key, expected in _FIXED_LANGUAGE.items():
-        _check(raw, key, expected, where="llm_config.")
-    if family is Family.INTERNLM2:
-        _check(raw, "bias", False, where="llm_config.")
-    _check_rope_scaling(raw.get("rope_scaling"))
-    return LanguageConfig(
+    fixed = _FIXED_LANGUAGE | ({"bias": _INTERNLM2_BIAS} if family is Family.INTERNLM2 else {})
+    _check_fixed(raw, fixed, where="llm_config.")
+    _check_rope_scaling(raw)
+    language = LanguageConfig(
         family=family,
         hidden_size=_integer(raw, "hidden_size"),
         num_hidden_layers=_integer(raw, "num_hidden_layers"),
@@ -174,15 +203,22 @@ def _parse_language(raw: Mapping[str, Any]) -> LanguageConfig:
         rms_norm_eps=_number(raw, "rms_norm_eps"),
         max_position_embeddings=_integer(raw, "max_position_embeddings"),
     )
+    _check_heads(raw, language, where="llm_config.")
+    if language.num_attention_heads % language.num_key_value_heads:
+        raise _unsupported(
+            "llm_config.num_key_value_heads",
+            f"a divisor of num_attention_heads {language.num_attention_heads}",
+            language.num_key_value_heads,
+        )
+    return language
 
 
 def _parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
-    for key, expected in _FIXED_VISION.items():
-        _check(raw, key, expected, where="vision_config.")
+    _check_fixed(raw, _FIXED_VISION, where="vision_config.")
     norm_type = raw.get("norm_type")
     if norm_type not in {"layer_norm", "rms_norm"}:
         raise _unsupported("vision_config.norm_type", "layer_norm or rms_norm", norm_type)
-    return VisionConfig(
+    vision = VisionConfig(
         hidden_size=_integer(raw, "hidden_size"),
         num_hidden_layers=_integer(raw, "num_hidden_layers"),
         num_attention_heads=_integer(raw, "num_attention_heads"),
@@ -192,17 +228,39 @@ def _parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
         qk_normalization=_boolean(raw, "qk_normalization"),
         qkv_bias=_boolean(raw, "qkv_bias"),
     )
+    _check_heads(raw, vision, where="vision_config.")
+    return vision
 
 
-def _check_rope_scaling(scaling: Any) -> None:
-    """Accept what is the identity up to 32,768 positions: nothing, or dynamic NTK."""
-    if scaling is None:
-        return
-    kind = (
-        scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, Mapping) else scaling
-    )
-    if kind != "dynamic":
-        raise _unsupported("llm_config.rope_scaling.type", "dynamic or no scaling", kind)
+def _check_rope_scaling(raw: Mapping[str, Any]) -> None:
+    """Accept what is the identity up to 32,768 positions: nothing, or dynamic NTK.
+
+    transformers 5 writes the same under `rope_parameters`.
+    """
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = raw.get(key)
+        if scaling is None:
+            continue
+        kind = (
+            scaling.get("type", scaling.get("rope_type"))
+            if isinstance(scaling, Mapping)
+            else scaling
+        )
+        if kind not in {"dynamic", "default"}:
+            raise _unsupported(f"llm_config.{key}.type", "dynamic or no scaling", kind)
+
+
+def _check_heads(
+    raw: Mapping[str, Any], part: LanguageConfig | VisionConfig, *, where: str
+) -> None:
+    """Check that the heads share the hidden size evenly, and that no other width is asked for."""
+    if part.hidden_size % part.num_attention_heads:
+        raise _unsupported(
+            f"{where}num_attention_heads",
+            f"a divisor of hidden_size {part.hidden_size}",
+            part.num_attention_heads,
+        )
+    _check_fixed(raw, {"head_dim": _Fixed(part.head_size, part.head_size)}, where=where)
 
 
 def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -214,7 +272,7 @@ def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _integer(raw: Mapping[str, Any], key: str) -> int:
     value = raw.get(key)
-    if not isinstance(value, int) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise _unsupported(key, "a positive integer", value)
     return value
 
@@ -233,10 +291,13 @@ def _boolean(raw: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-def _check(raw: Mapping[str, Any], key: str, expected: object, *, where: str) -> None:
-    found = raw.get(key)
-    if found != expected:
-        raise _unsupported(where + key, expected, found)
+def _check_fixed(raw: Mapping[str, Any], fields: Mapping[str, _Fixed], *, where: str) -> None:
+    for key, fixed in fields.items():
+        found = raw.get(key, fixed.by_default)
+        if found is _ABSENT:
+            raise _unsupported(where + key, fixed.value, "absent")
+        if found != fixed.value:
+            raise _unsupported(where + key, fixed.value, found)
 
 
 def _unsupported(field: str, expected: object, found: object) -> errors.StageError:

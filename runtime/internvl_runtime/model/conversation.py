@@ -44,67 +44,110 @@ class Image:
 
 
 @dataclasses.dataclass(frozen=True)
+class Video:
+    """The place of one video: its frames are pictures of the request."""
+
+    frames: tuple[Image, ...]
+
+
+Part = str | Image | Video
+
+
+@dataclasses.dataclass(frozen=True)
 class Turn:
-    """One message: text in which pictures have their places."""
+    """One message: text, pictures and videos in the order in which they were sent."""
 
     role: Role
-    content: tuple[str | Image, ...]
+    content: tuple[Part, ...]
 
 
 Segment = str | Control | Image
 
 
-def place_images(parts: Sequence[str | Image]) -> tuple[str | Image, ...]:
-    """Give the pictures of one message their places in its text.
+def place_images(turns: Sequence[Turn]) -> list[Turn]:
+    """Give the pictures of a conversation their places in its text.
 
-    `<image>` placeholders in the text take the pictures in order. Where there
-    are none, a picture stands where its part stands, on a line of its own, as
-    in the model card (`<image>\\n{question}`).
+    `<image>` placeholders in the text of system and user take the pictures in
+    order, over the whole conversation. Where there are none, a picture stands
+    where its part stands, on a line of its own, as in the model card
+    (`<image>\\n{question}`). A video stands where its part stands either way.
 
     Raises RequestError when placeholders and pictures differ in number.
     """
-    images = [part for part in parts if isinstance(part, Image)]
-    placeholders = sum(part.count(PLACEHOLDER) for part in parts if isinstance(part, str))
-    if placeholders and images:
-        if placeholders != len(images):
-            raise errors.RequestError(
-                f"the text has {placeholders} {PLACEHOLDER} placeholders but the message has "
-                f"{len(images)} pictures; write one for each picture, or none at all",
-                parameter="messages",
-            )
-        return tuple(_fill_placeholders(parts, iter(images)))
-    return tuple(_on_own_lines(parts))
+    images = [part for turn in turns for part in turn.content if isinstance(part, Image)]
+    placeholders = sum(map(_count_placeholders, turns))
+    if not placeholders:
+        return [dataclasses.replace(t, content=tuple(_on_own_lines(t.content))) for t in turns]
+    if placeholders != len(images):
+        raise errors.RequestError(
+            f"the text has {placeholders} {PLACEHOLDER} placeholders but the request has "
+            f"{len(images)} pictures; write one placeholder for each picture, or none at all",
+            parameter="messages",
+        )
+    upcoming = iter(images)
+    return [
+        dataclasses.replace(turn, content=tuple(_fill_placeholders(turn, upcoming)))
+        for turn in turns
+    ]
 
 
 def render(turns: Sequence[Turn], *, system_message: str | None = None) -> Iterator[Segment]:
     """Yield the prompt of a conversation, up to where the assistant's answer begins."""
     turns = list(turns)
     if not turns or turns[0].role is not Role.SYSTEM:
-        turns.insert(0, Turn(Role.SYSTEM, (system_message or SYSTEM_MESSAGE,)))
+        default = SYSTEM_MESSAGE if system_message is None else system_message
+        turns.insert(0, Turn(Role.SYSTEM, (default,)))
     for turn in turns:
         yield Control.TURN_START
         yield f"{turn.role.value}\n"
-        yield from turn.content
+        if turn.role is not Role.SYSTEM and not any(turn.content):
+            # As in the authors' code: a message without content is its header alone.
+            continue
+        for part in turn.content:
+            yield from _lines_of_frames(part) if isinstance(part, Video) else [part]
         yield Control.TURN_END
         yield "\n"
     yield Control.TURN_START
     yield f"{Role.ASSISTANT.value}\n"
 
 
-def _fill_placeholders(
-    parts: Sequence[str | Image], images: Iterator[Image]
-) -> Iterator[str | Image]:
-    for text in (part for part in parts if isinstance(part, str)):
-        first, *others = text.split(PLACEHOLDER)
-        yield first
-        for piece in others:
-            yield next(images)
-            yield piece
+def _takes_placeholders(turn: Turn) -> bool:
+    """An answer of the model may hold the word `<image>`, and is sent back as it is."""
+    return turn.role is not Role.ASSISTANT
 
 
-def _on_own_lines(parts: Sequence[str | Image]) -> Iterator[str | Image]:
-    for position, part in enumerate(parts):
-        follows_image = position > 0 and isinstance(parts[position - 1], Image)
-        if position > 0 and (follows_image or isinstance(part, Image)):
+def _count_placeholders(turn: Turn) -> int:
+    if not _takes_placeholders(turn):
+        return 0
+    return sum(part.count(PLACEHOLDER) for part in turn.content if isinstance(part, str))
+
+
+def _fill_placeholders(turn: Turn, images: Iterator[Image]) -> Iterator[Part]:
+    for part in turn.content:
+        match part:
+            case str() if _takes_placeholders(turn):
+                first, *others = part.split(PLACEHOLDER)
+                yield first
+                for piece in others:
+                    yield next(images)
+                    yield piece
+            case str() | Video():
+                yield part
+
+
+def _on_own_lines(parts: Sequence[Part]) -> Iterator[Part]:
+    previous: Part | None = None
+    for part in parts:
+        is_joined = isinstance(previous, str) and isinstance(part, str)
+        if previous is not None and not is_joined and not isinstance(previous, Video):
             yield "\n"
         yield part
+        previous = part
+
+
+def _lines_of_frames(video: Video) -> Iterator[str | Image]:
+    """Yield the model card's prefix of a video: `Frame1: <image>\\n` and so on."""
+    for number, frame in enumerate(video.frames, start=1):
+        yield f"Frame{number}: "
+        yield frame
+        yield "\n"

@@ -1,7 +1,7 @@
 """From template segments to prompt tokens, with the place of every picture."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from internvl_runtime.model import config, conversation, tokenizer
 
@@ -31,8 +31,13 @@ def expand(
     *,
     tiles: Sequence[int],
     tokens: tokenizer.Tokenizer,
+    encode: Callable[[str], list[int]] | None = None,
 ) -> Prompt:
-    """Tokenize a rendered conversation; `tiles[i]` is the number of tiles of picture i."""
+    """Tokenize a rendered conversation; `tiles[i]` is the number of tiles of picture i.
+
+    Text is encoded by `encode`, or as nothing but text where that is absent.
+    """
+    encode = encode or tokens.encode
     token_ids = list(tokens.prefix_ids)
     placements = []
     for segment in _join_texts(segments):
@@ -46,7 +51,7 @@ def expand(
                 token_ids += [tokens.control_ids[conversation.Control.IMAGE_CONTEXT]] * length
                 token_ids.append(tokens.control_ids[conversation.Control.IMAGE_END])
             case str():
-                token_ids += tokens.encode(segment)
+                token_ids += encode(segment)
     return Prompt(tuple(token_ids), tuple(placements))
 
 

@@ -46,6 +46,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Ids of every special token, by its text."""
+        ...
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an answer."""
         ...
@@ -62,6 +67,29 @@ class Tokenizer(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """Return the UTF-8 bytes of one token; a special token has none."""
         ...
+
+
+def encode_with_special_tokens(tokens: Tokenizer, text: str) -> list[int]:
+    """Encode text as the authors' code does: the words of special tokens become those tokens.
+
+    Raises RequestError for `<IMG_CONTEXT>`, whose number must be that of the pictures' tokens.
+    """
+    ids: list[int] = []
+    for number, piece in enumerate(_special_pattern(frozenset(tokens.special_ids)).split(text)):
+        is_special = number % 2 == 1
+        if piece == conversation.Control.IMAGE_CONTEXT:
+            raise errors.RequestError(
+                f"the text holds {piece}, which stands for a picture's tokens: send a picture",
+                parameter="messages",
+            )
+        ids += [tokens.special_ids[piece]] if is_special else tokens.encode(piece)
+    return ids
+
+
+@functools.cache
+def _special_pattern(words: frozenset[str]) -> re.Pattern[str]:
+    longest_first = sorted(words, key=lambda word: (-len(word), word))
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
 
 class IncrementalDecoder:
@@ -114,6 +142,7 @@ class QwenTokenizer:
     bpe: tokenizers.Tokenizer
     prefix_ids: tuple[int, ...]
     control_ids: Mapping[conversation.Control, int]
+    special_ids: Mapping[str, int]
     stop_ids: frozenset[int]
     bytes_by_id: tuple[bytes, ...]
 
@@ -138,6 +167,7 @@ class InternLM2Tokenizer:
     processor: sentencepiece.SentencePieceProcessor
     prefix_ids: tuple[int, ...]
     control_ids: Mapping[conversation.Control, int]
+    special_ids: Mapping[str, int]
     stop_ids: frozenset[int]
     bytes_by_id: tuple[bytes, ...]
     overwritten: re.Pattern[str] | None
@@ -181,6 +211,7 @@ def _load_qwen(model_dir: Path) -> QwenTokenizer:
         bpe=bpe,
         prefix_ids=(),
         control_ids=_control_ids(special),
+        special_ids=special,
         stop_ids=_stop_ids(special, config.Family.QWEN2),
         bytes_by_id=tuple(bytes_by_id),
     )
@@ -213,6 +244,7 @@ def _load_internlm2(model_dir: Path) -> InternLM2Tokenizer:
         processor=processor,
         prefix_ids=(special["<s>"],),
         control_ids=_control_ids(special),
+        special_ids=special,
         stop_ids=_stop_ids(special, config.Family.INTERNLM2),
         bytes_by_id=tuple(
             b"" if token_id in special_ids else _piece_bytes(processor, token_id)

@@ -8,68 +8,150 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fastapi
+import fastapi.middleware.cors
 import uvicorn
 
 import internvl_runtime
 from internvl_runtime import errors, metrics, settings
 from internvl_runtime.engine import client, folder
-from internvl_runtime.server import chat, limits, routes
+from internvl_runtime.server import (
+    asgi,
+    drain,
+    identity,
+    keys,
+    limits,
+    media,
+    prepare,
+    routes,
+)
 from internvl_runtime.server import errors as http_errors
+from internvl_runtime.vision import fetch
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(api: routes.Api, *, max_request_bytes: int) -> fastapi.FastAPI:
-    """Return the ASGI application of an API."""
-    app = fastapi.FastAPI(title="InternVL runtime", version=internvl_runtime.__version__)
+def create_app(api: routes.Api, *, config: settings.Settings, draining: drain.Drain) -> asgi.App:
+    """Return the ASGI application of an API, inside its middlewares."""
+    app = fastapi.FastAPI(
+        title="InternVL runtime",
+        version=internvl_runtime.__version__,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.include_router(api.router)
-    app.add_middleware(limits.BodyLimit, max_bytes=max_request_bytes)
     http_errors.install(app)
-    return app
+    wrapped: asgi.App = limits.BodyLimit(app, max_bytes=config.max_request_bytes)
+    if config.api_keys_file:
+        wrapped = keys.ApiKeyMiddleware(wrapped, keys=keys.ApiKeys(config.api_keys_file))
+    if config.cors_allowed_origins:
+        wrapped = fastapi.middleware.cors.CORSMiddleware(
+            wrapped,
+            allow_origins=list(config.cors_allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID"],
+        )
+    return identity.RequestIds(drain.DrainMiddleware(wrapped, drain=draining))
 
 
 async def serve(engine_dir: Path, *, config: settings.Settings) -> None:
     """Serve an engine until SIGTERM; raises StageError when it can not start or its worker dies."""
+    _name_requests_in_logs()
     opened = folder.open_engine(engine_dir)
     engine = client.WorkerEngine(
         opened, threads=config.torch_threads, start_seconds=config.worker_start_seconds
     )
-    preparer = chat.ChatPreparer(
-        model=opened.model, tokens=opened.load_tokenizer(), limits=engine.limits, settings=config
-    )
-    names = config.served_model_names or (opened.key[:12],)
+    fetcher = fetch.Fetcher(fetch_policy(config))
+    preparer = create_preparer(opened, fetcher=fetcher, config=config)
+    draining = drain.Drain()
     api = routes.Api(
         engine,
         preparer,
-        model_names=names,
-        max_queued=config.max_queued_requests,
-        threads=config.preparation_threads,
+        model_names=config.served_model_names or (opened.key[:12],),
+        admission=routes.Admission(
+            max_requests=config.max_queued_requests,
+            max_bytes=config.max_waiting_bytes,
+            threads=config.preparation_threads,
+        ),
+        drain=draining,
     )
+    app = create_app(api, config=config, draining=draining)
     if config.metrics_port:
         metrics.serve(config.metrics_port)
     server = _Server(
         uvicorn.Config(
-            create_app(api, max_request_bytes=config.max_request_bytes),
+            app,
             host=config.host,
             port=config.port,
-            log_level="info",
+            log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=int(config.drain_seconds),
-        )
+            timeout_graceful_shutdown=1,
+        ),
+        draining,
+        config,
     )
-    await _run(server, engine)
+    try:
+        await _run(server, engine)
+    finally:
+        await fetcher.close()
+
+
+def create_preparer(
+    opened: folder.EngineFolder, *, fetcher: fetch.Fetcher, config: settings.Settings
+) -> prepare.Preparer:
+    """Return what prepares requests for an engine."""
+    return prepare.Preparer(
+        model=opened.model,
+        tokens=opened.load_tokenizer(),
+        limits=opened.limits,
+        loader=media.Loader(fetcher, limits=opened.limits, settings=config),
+        max_messages=config.max_messages,
+        parses_special_tokens=config.parse_special_tokens,
+    )
+
+
+def fetch_policy(config: settings.Settings) -> fetch.FetchPolicy:
+    """Return what the settings allow to be fetched."""
+    return fetch.FetchPolicy(
+        allowed_hosts=config.fetch_allowed_hosts,
+        private_hosts=config.fetch_private_hosts,
+        proxy=config.fetch_proxy,
+        seconds=config.fetch_seconds,
+    )
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to us: uvicorn's own handling kills the process before the worker ends."""
+    """Drains on SIGTERM and SIGINT before it stops; a second signal stops it at once."""
+
+    def __init__(
+        self, config: uvicorn.Config, draining: drain.Drain, settings_: settings.Settings
+    ) -> None:
+        super().__init__(config)
+        self._draining = draining
+        self._settings = settings_
+        self._leaving: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop accepting on SIGTERM and SIGINT, and let `serve` return."""
+        """Drain on a signal, and let `serve` return; uvicorn's own way ends the process."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
+            loop.add_signal_handler(number, self._on_signal)
         yield
+
+    def _on_signal(self) -> None:
+        if self._leaving:
+            self.should_exit = self.force_exit = True
+            return
+        logger.info("leaving: not ready, and closed in %g s", self._settings.propagation_seconds)
+        self._leaving = asyncio.create_task(self._leave(), name="drain")
+
+    async def _leave(self) -> None:
+        await self._draining.leave(
+            propagation_seconds=self._settings.propagation_seconds,
+            finish_seconds=self._settings.drain_seconds,
+        )
+        self.should_exit = True
 
 
 async def _run(server: uvicorn.Server, engine: client.WorkerEngine) -> None:
@@ -101,3 +183,11 @@ async def _wait_for_end(serving: "asyncio.Task[None]", engine: client.WorkerEngi
             remedy="read the container's log; out of memory is the usual cause",
         )
     gone.cancel()
+
+
+def _name_requests_in_logs() -> None:
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(identity.AddRequestId())
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s")
+        )

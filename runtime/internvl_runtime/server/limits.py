@@ -1,16 +1,19 @@
-"""Bounds a request's body before it is read."""
+"""Bounds of a request's body: its bytes before it is read, its depth before it is parsed."""
 
 import contextlib
-from collections.abc import Awaitable, Callable, MutableMapping
+import json
+import re
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-import fastapi.responses
+import fastapi
+import fastapi.routing
+import starlette.exceptions
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from internvl_runtime.server import asgi
+
+MAX_DEPTH = 64
+_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
 
 
 class _BodyTooLargeError(Exception):
@@ -20,11 +23,11 @@ class _BodyTooLargeError(Exception):
 class BodyLimit:
     """ASGI middleware that answers 413 to bodies above a number of bytes."""
 
-    def __init__(self, app: App, *, max_bytes: int) -> None:
+    def __init__(self, app: asgi.App, *, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         """Pass a request on, counting its bytes.
 
         Whatever the application makes of a body that ended early, the client
@@ -35,7 +38,7 @@ class BodyLimit:
             return
         received = 0
 
-        async def counted_receive() -> Message:
+        async def counted_receive() -> asgi.Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
@@ -43,7 +46,7 @@ class BodyLimit:
                 raise _BodyTooLargeError
             return message
 
-        async def checked_send(message: Message) -> None:
+        async def checked_send(message: asgi.Message) -> None:
             if received <= self._max_bytes:
                 await send(message)
 
@@ -52,17 +55,53 @@ class BodyLimit:
         if received > self._max_bytes:
             await self._refuse(scope, receive, send)
 
-    def _announces_too_much(self, scope: Scope) -> bool:
-        lengths = [value for name, value in scope.get("headers", ()) if name == b"content-length"]
-        return any(value.isdigit() and int(value) > self._max_bytes for value in lengths)
+    def _announces_too_much(self, scope: asgi.Scope) -> bool:
+        length = asgi.header_of(scope, b"content-length")
+        return length.isdigit() and int(length) > self._max_bytes
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        message = f"the body is larger than {self._max_bytes} bytes; send smaller pictures"
-        error = {
-            "message": message,
-            "type": "invalid_request_error",
-            "param": None,
-            "code": "body_too_large",
-        }
-        response = fastapi.responses.JSONResponse({"error": error}, 413)
+    async def _refuse(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        response = asgi.refusal(
+            413,
+            f"the body is larger than {self._max_bytes} bytes; send smaller pictures",
+            kind="invalid_request_error",
+            code="body_too_large",
+        )
         await response(scope, receive, send)
+
+
+class JsonRoute(fastapi.routing.APIRoute):
+    """A route whose JSON body is bounded in depth."""
+
+    def get_route_handler(
+        self,
+    ) -> Callable[[fastapi.Request], Coroutine[Any, Any, fastapi.Response]]:
+        """Wrap the request."""
+        handle = super().get_route_handler()
+
+        async def handle_bounded(request: fastapi.Request) -> fastapi.Response:
+            return await handle(_BoundedRequest(request.scope, request.receive))
+
+        return handle_bounded
+
+
+class _BoundedRequest(fastapi.Request):
+    async def json(self) -> Any:
+        body = await self.body()
+        if depth_of(body) > MAX_DEPTH:
+            raise starlette.exceptions.HTTPException(
+                400, f"the JSON is nested deeper than {MAX_DEPTH} levels; send a flatter one"
+            )
+        return json.loads(body)
+
+
+def depth_of(body: bytes) -> int:
+    """Return how deep the brackets of a JSON text are nested, without parsing it."""
+    depth = deepest = 0
+    for match in _STRING_OR_BRACKET.finditer(body):
+        match match[0][:1]:
+            case b"[" | b"{":
+                depth += 1
+                deepest = max(deepest, depth)
+            case b"]" | b"}":
+                depth -= 1
+    return deepest

@@ -1,8 +1,9 @@
 """Request bodies of the OpenAI API, as far as this server reads them.
 
-Source: the OpenAI API reference for chat completions. Unknown fields are
-ignored, as OpenAI's own clients send new ones now and then; known ones that
-would change the answer and are not offered are refused by name.
+Source: the OpenAI API reference for chat completions and completions, and
+vLLM's reference for the fields that OpenAI does not have. Unknown fields are
+ignored and counted, as OpenAI's own clients send new ones now and then; known
+ones that would change the answer and are not offered are refused by name.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,24 +11,32 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 _NOT_OFFERED: dict[str, tuple[object, ...]] = {
-    "n": (None, 1),
-    "stop": (None, [], ""),
     "tools": (None, []),
     "tool_choice": (None, "none"),
     "functions": (None, []),
+    "function_call": (None, "none"),
     "audio": (None,),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "top_k": (None, -1, 0),
-    "min_p": (None, 0),
-    "response_format": (None, {"type": "text"}),
-    "ignore_eos": (None, False),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
 }
 """Known fields and the values of them that change nothing."""
+
+_WITHOUT_EFFECT = frozenset(
+    {"user", "metadata", "store", "parallel_tool_calls", "service_tier", "reasoning_effort",
+     "prompt_cache_key", "safety_identifier", "verbosity"}
+)  # fmt: skip
+"""Known fields that change no answer here."""
+
+MOST_ANSWERS = 16
+_MOST_STOPS = 16
+_MOST_STOP_CHARACTERS = 256
+_MOST_TOP_CHAT = 20
+_MOST_TOP_COMPLETION = 5
+_MOST_BIASED = 1024
 
 
 def _refuse_lone_surrogates(text: str) -> str:
@@ -39,10 +48,13 @@ def _refuse_lone_surrogates(text: str) -> str:
 
 
 Text = Annotated[str, pydantic.AfterValidator(_refuse_lone_surrogates)]
+_StopText = Annotated[Text, pydantic.Field(min_length=1, max_length=_MOST_STOP_CHARACTERS)]
+_TokenId = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
+_TileLimit = Annotated[int, pydantic.Field(ge=1, le=1024)]
 
 
 class _Body(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
+    model_config = pydantic.ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 class TextPart(_Body):
@@ -53,9 +65,13 @@ class TextPart(_Body):
 
 
 class ImageUrl(_Body):
-    """Where a picture is."""
+    """Where a picture is, and how finely it is looked at."""
 
-    url: str
+    url: Text
+    detail: Literal["auto", "low", "high"] = "auto"
+    """`low` is one tile; `auto` and `high` are up to the server's limit."""
+    max_dynamic_patch: _TileLimit | None = None
+    """Most tiles of the grid, the thumbnail not counted."""
 
 
 class ImagePart(_Body):
@@ -63,9 +79,31 @@ class ImagePart(_Body):
 
     type: Literal["image_url"]
     image_url: ImageUrl
+    max_dynamic_patch: _TileLimit | None = None
+    """As in `image_url`; there it counts first."""
+
+    @pydantic.field_validator("image_url", mode="before")
+    @classmethod
+    def accept_a_plain_url(cls, value: Any) -> Any:
+        """Accept `"image_url": "https://..."`, which some clients send."""
+        return {"url": value} if isinstance(value, str) else value
 
 
-ContentPart = Annotated[TextPart | ImagePart, pydantic.Field(discriminator="type")]
+class VideoUrl(_Body):
+    """Where a video is, and how many of its frames are looked at."""
+
+    url: Text
+    num_frames: Annotated[int, pydantic.Field(ge=1, le=1024)] | None = None
+
+
+class VideoPart(_Body):
+    """A video."""
+
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
+ContentPart = Annotated[TextPart | ImagePart | VideoPart, pydantic.Field(discriminator="type")]
 
 
 class Message(_Body):
@@ -81,29 +119,120 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
-class ChatCompletionRequest(_Body):
-    """The body of `POST /v1/chat/completions`."""
+class JsonSchema(_Body):
+    """A schema that the answer follows."""
 
-    model_config = pydantic.ConfigDict(extra="allow", frozen=True)
+    name: Text | None = None
+    schema_: Annotated[dict[str, Any] | bool, pydantic.Field(alias="schema")]
+
+
+class ResponseFormat(_Body):
+    """What the answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @pydantic.model_validator(mode="after")
+    def need_a_schema(self) -> "ResponseFormat":
+        """Refuse `json_schema` without one."""
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError('with "type": "json_schema" give json_schema: {name, schema}')
+        return self
+
+
+class SamplingFields(_Body):
+    """Fields that chat completions and completions share."""
+
+    model_config = pydantic.ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     model: Text
-    messages: Annotated[tuple[Message, ...], pydantic.Field(min_length=1)]
     max_tokens: Annotated[int, pydantic.Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, pydantic.Field(ge=1)] | None = None
     temperature: Annotated[float, pydantic.Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, pydantic.Field(ge=-1, lt=2**31)] | None = None
+    """-1 and 0 keep every token."""
+    min_p: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
+    n: Annotated[int, pydantic.Field(ge=1, le=MOST_ANSWERS)] | None = None
+    stop: (
+        _StopText | Annotated[tuple[_StopText, ...], pydantic.Field(max_length=_MOST_STOPS)] | None
+    ) = None
     seed: Annotated[int, pydantic.Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Annotated[float, pydantic.Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, pydantic.Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, pydantic.Field(gt=0, le=10)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, pydantic.Field(pattern="^[0-9]{1,9}$")],
+                Annotated[float, pydantic.Field(ge=-100, le=100)],
+            ],
+            pydantic.Field(max_length=_MOST_BIASED),
+        ]
+        | None
+    ) = None
+    """Token ids, written as texts, and what is added to their logits."""
+    response_format: ResponseFormat | None = None
+    ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
 
     @pydantic.model_validator(mode="after")
-    def refuse_what_is_not_offered(self) -> "ChatCompletionRequest":
+    def refuse_what_is_not_offered(self) -> "SamplingFields":
         """Refuse fields that would change the answer and have no effect here."""
         for name, harmless in _NOT_OFFERED.items():
-            value: Any = (self.model_extra or {}).get(name)
-            if value not in harmless:
+            if (self.model_extra or {}).get(name) not in harmless:
                 raise ValueError(f"{name} is not offered by this server; leave it out")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end the answer."""
+        return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+
+    def unknown_fields(self) -> list[str]:
+        """Return the names of fields that nobody here knows."""
+        return sorted(set(self.model_extra or ()) - _NOT_OFFERED.keys() - _WITHOUT_EFFECT)
+
+
+class ChatCompletionRequest(SamplingFields):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[tuple[Message, ...], pydantic.Field(min_length=1)]
+    max_completion_tokens: Annotated[int, pydantic.Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, pydantic.Field(ge=0, le=_MOST_TOP_CHAT)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def need_logprobs(self) -> "ChatCompletionRequest":
+        """Refuse `top_logprobs` without `logprobs`, as OpenAI does."""
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+
+class CompletionRequest(SamplingFields):
+    """The body of `POST /v1/completions`."""
+
+    prompt: Text | tuple[Text, ...] | tuple[_TokenId, ...] | tuple[tuple[_TokenId, ...], ...]
+    """Texts are encoded as they are; token ids are taken as they are."""
+    logprobs: Annotated[int, pydantic.Field(ge=0, le=_MOST_TOP_COMPLETION)] | None = None
+
+
+class TokenizeRequest(_Body):
+    """The body of `POST /tokenize`: a prompt or messages."""
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: Annotated[tuple[Message, ...], pydantic.Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+    """Whether a prompt gets what the family puts in front: BOS for InternLM2."""
+
+    @pydantic.model_validator(mode="after")
+    def need_one(self) -> "TokenizeRequest":
+        """Refuse both and none."""
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
         return self
 
 

@@ -19,11 +19,37 @@ class Picture:
     width: int
     height: int
     grid: grid.Grid
+    size: int
+    """Bytes held until the picture is answered."""
     _opened: PIL.Image.Image = dataclasses.field(repr=False, compare=False)
 
     def load(self) -> npt.NDArray[np.uint8]:
         """Decode and cut: uint8 [N, 448, 448, 3]. Raises RequestError for broken data."""
         return tiles.cut_tiles(decode.decode_rgb(self._opened), self.grid)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One frame of a video: a single tile, made when the video was read."""
+
+    content_hash: str
+    width: int
+    height: int
+    tile: npt.NDArray[np.uint8] = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def grid(self) -> grid.Grid:
+        """A frame is one tile."""
+        return grid.Grid(1, 1)
+
+    @property
+    def size(self) -> int:
+        """Bytes held until the frame is answered."""
+        return self.tile.nbytes
+
+    def load(self) -> npt.NDArray[np.uint8]:
+        """Return uint8 [1, 448, 448, 3]."""
+        return self.tile[np.newaxis]
 
 
 def open_picture(data: bytes, *, max_tiles: int, max_pixels: int) -> Picture:
@@ -34,5 +60,12 @@ def open_picture(data: bytes, *, max_tiles: int, max_pixels: int) -> Picture:
         width=opened.width,
         height=opened.height,
         grid=grid.choose_grid(opened.width, opened.height, max_tiles=max_tiles),
+        size=len(data),
         _opened=opened,
     )
+
+
+def frame_of(tile: npt.NDArray[np.uint8], *, width: int, height: int) -> Frame:
+    """Return a frame of a video by its tile [448, 448, 3]."""
+    digest = hashlib.sha256(b"frame:" + tile.tobytes()).hexdigest()
+    return Frame(content_hash=digest, width=width, height=height, tile=tile)

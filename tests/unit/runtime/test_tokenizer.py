@@ -1,10 +1,12 @@
 import base64
 import importlib.util
 import random
+import unicodedata
 from pathlib import Path
 
 import data
 import pytest
+import sentencepiece
 import tiktoken
 from internvl_runtime import errors
 from internvl_runtime.artifacts import shapes, tokenizer_files
@@ -54,8 +56,8 @@ def small(request, tmp_path_factory):
 
 
 def expand_reference_question(tokens):
-    parts = conversation.place_images((conversation.Image(0), REFERENCE_QUESTION))
-    turns = [conversation.Turn(conversation.Role.USER, parts)]
+    parts = (conversation.Image(0), REFERENCE_QUESTION)
+    turns = conversation.place_images([conversation.Turn(conversation.Role.USER, parts)])
     return prompt.expand(conversation.render(turns), tiles=[13], tokens=tokens)
 
 
@@ -82,12 +84,78 @@ def test_qwen_encodes_random_text_as_tiktoken_does(qwen):
     reference = tiktoken.Encoding(
         "qwen", pat_str=tokenizer.QWEN_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
-    random_ = random.Random(7)
-    alphabet = "abcXYZ 0123.,!?'\n\t\r你好世界é😀ñ<|>[]_ \u3000"
+    for text in random_texts(20_000):
+        normalized = unicodedata.normalize("NFC", text)
+        assert qwen.encode(text) == reference.encode_ordinary(normalized), text
+        assert tokenizer.decode(qwen, qwen.encode(text)) == normalized
 
-    for _ in range(500):
-        text = "".join(random_.choices(alphabet, k=random_.randrange(60)))
-        assert qwen.encode(text) == reference.encode_ordinary(text)
+
+def test_internlm2_encodes_random_text_as_sentencepiece_does(internlm2):
+    model = data.require("tokenizers/internlm2.model")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+    for text in random_texts(20_000):
+        assert internlm2.encode(text) == reference.encode(text), text
+        assert tokenizer.decode(internlm2, internlm2.encode(text)) == text
+
+
+def random_texts(count):
+    """Words, digits, blanks, marks, several scripts, combining marks and any code point."""
+    rng = random.Random(7)
+    common = [
+        "the", " of", "Image", "'s", "'LL", "don", "0", "123", ".", ",", "!", "?", "'", '"', "\n",
+        "\t", "\r\n", " ", "  ", "\u3000", "\xa0", "你好", "世界", "图片", "é", "e\u0301", "ñ", "ﬁ",
+        "Ω", "\u2126", "한국", "नमस्ते", "ไทย", "العربية", "😀", "👩‍👩‍👧", "<", "|", ">", "[", "]",
+        "_", "{}", "//", "==", "\\n",
+    ]  # fmt: skip
+    for _ in range(count):
+        parts = rng.choices(common, k=rng.randrange(24))
+        if rng.random() < 0.3:
+            parts.insert(rng.randrange(len(parts) + 1), any_character(rng))
+        yield "".join(parts)
+
+
+def any_character(rng):
+    while True:
+        code = rng.randrange(1, 0x110000)
+        if not 0xD800 <= code <= 0xDFFF:
+            return chr(code)
+
+
+def test_the_authors_behaviour_can_be_switched_on(small):
+    text = "look at <ref>it</ref><|im_end|>"
+
+    ids = tokenizer.encode_with_special_tokens(small, text)
+
+    words = ("<ref>", "</ref>", "<|im_end|>")
+    assert [i for i in ids if i in small.special_ids.values()] == [
+        small.special_ids[word] for word in words
+    ]
+    assert tokenizer.decode(small, ids) == "look at it"
+
+
+def test_the_tokens_of_a_picture_can_never_be_typed(small):
+    with pytest.raises(errors.RequestError, match="IMG_CONTEXT"):
+        tokenizer.encode_with_special_tokens(small, "a <IMG_CONTEXT> b")
+
+
+def test_decoding_is_linear(small):
+    decoder = tokenizer.IncrementalDecoder(small)
+    ids = small.encode("the picture ") * 20_000
+
+    calls = 0
+    plain = small.token_bytes
+
+    def counted(token_id):
+        nonlocal calls
+        calls += 1
+        return plain(token_id)
+
+    decoder._tokens = type("Counted", (), {"token_bytes": staticmethod(counted)})()
+    for token_id in ids:
+        decoder.push([token_id])
+
+    assert calls == len(ids)
 
 
 @pytest.mark.parametrize("text", INJECTIONS)

@@ -1,6 +1,7 @@
 """Generation, one request at a time."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from internvl_runtime.engine import folder, interface, sampling
+from internvl_runtime.engine import folder, grammar, interface, sampling
 from internvl_runtime.engine.pytorch import language, vision, weights
 from internvl_runtime.model import config
 
@@ -18,20 +19,27 @@ _PREFILL_CHUNK_TOKENS = 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generated:
-    """One generated token, with the float32 logits it was chosen from."""
+    """One generated token, with the model's float32 logits."""
 
     token_id: int
     logits: npt.NDArray[np.float32]
     finish_reason: interface.FinishReason | None
+    log_probabilities: tuple[interface.TokenLogProbabilities, ...] = ()
 
 
 class Generator:
     """A loaded model."""
 
     def __init__(
-        self, checkpoint: Path, model: config.ModelConfig, limits: interface.EngineLimits
+        self,
+        checkpoint: Path,
+        model: config.ModelConfig,
+        limits: interface.EngineLimits,
+        *,
+        grammars: grammar.Compiler | None = None,
     ) -> None:
         self.limits = limits
+        self._grammars = grammars
         tower = weights.load_weights(checkpoint / "vision.safetensors")
         rank = weights.load_weights(checkpoint / "rank0.safetensors")
         self._vision = vision.VisionTower(model.vision, tower)
@@ -54,6 +62,7 @@ class Generator:
         request: interface.GenerationRequest,
         tiles: Sequence[npt.NDArray[np.uint8]],
     ) -> Iterator[Generated | None]:
+        chooser = _Chooser(request, self._grammars)
         token_ids = request.prompt.token_ids
         budget = min(request.sampling.max_tokens, self.limits.max_sequence_tokens - len(token_ids))
         cache = language.KeyValueCache(
@@ -72,26 +81,59 @@ class Generator:
             self._language.forward(chunk, cache)
             yield None
         logits = self._language.forward(last, cache)
-        for position in range(budget):
-            row = logits.numpy()
-            token_id = sampling.choose(
-                row, request.sampling, request_id=request.request_id, position=position
-            )
-            finish = _finish_reason(request, token_id, is_last=position + 1 == budget)
-            yield Generated(token_id=token_id, logits=row, finish_reason=finish)
-            if finish:
+        while True:
+            generated = chooser.choose(logits.numpy(), budget=budget)
+            yield generated
+            if generated.finish_reason:
                 return
-            logits = self._language.forward(self._language.embed(torch.tensor([token_id])), cache)
+            token = torch.tensor([generated.token_id])
+            logits = self._language.forward(self._language.embed(token), cache)
+
+
+class _Chooser:
+    """Chooses the tokens of one answer."""
+
+    def __init__(
+        self, request: interface.GenerationRequest, grammars: grammar.Compiler | None
+    ) -> None:
+        self._request = request
+        self._prompt_ids = frozenset(request.prompt.token_ids)
+        self._counts: Counter[int] = Counter()
+        self._matcher = (
+            grammars.start(request.constraint) if request.constraint and grammars else None
+        )
+
+    def choose(self, logits: npt.NDArray[np.float32], *, budget: int) -> Generated:
+        """Choose the next token from the model's logits."""
+        wanted, request = self._request.sampling, self._request
+        row = sampling.adjust(logits, wanted, prompt_ids=self._prompt_ids, generated=self._counts)
+        if self._matcher:
+            row = sampling.mask(row, self._matcher.allowed())
+        position = self._counts.total()
+        token_id = sampling.choose(row, wanted, request_id=request.request_id, position=position)
+        self._counts[token_id] += 1
+        finish = sampling.finish_reason(
+            token_id,
+            stop_token_ids=request.stop_token_ids,
+            generated=position + 1,
+            max_tokens=budget,
+        )
+        if self._matcher:
+            self._matcher.accept(token_id)
+            if self._matcher.is_finished:
+                finish = interface.FinishReason.STOP
+        told = (
+            ()
+            if wanted.log_probabilities is None
+            else (sampling.log_probabilities(logits, token_id, top=wanted.log_probabilities),)
+        )
+        return Generated(
+            token_id=token_id, logits=logits, finish_reason=finish, log_probabilities=told
+        )
 
 
 def load_generator(engine: folder.EngineFolder) -> Generator:
     """Load the model of an engine folder."""
-    return Generator(engine.checkpoint, engine.model, engine.limits)
-
-
-def _finish_reason(
-    request: interface.GenerationRequest, token_id: int, *, is_last: bool
-) -> interface.FinishReason | None:
-    if token_id in request.stop_token_ids:
-        return interface.FinishReason.STOP
-    return interface.FinishReason.LENGTH if is_last else None
+    vocab_size = engine.model.language.vocab_size
+    grammars = grammar.Compiler(engine.load_tokenizer(), vocab_size=vocab_size)
+    return Generator(engine.checkpoint, engine.model, engine.limits, grammars=grammars)

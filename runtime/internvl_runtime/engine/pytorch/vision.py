@@ -27,10 +27,11 @@ class VisionTower:
 
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
         """Return the features of uint8 tiles [N, 448, 448, 3]: [N, 256, hidden of the LLM]."""
-        parts = [self._encode_pass(part) for part in tiles.split(_TILES_PER_PASS)]
+        parts = [self.encode_pass(part) for part in tiles.split(_TILES_PER_PASS)]
         return torch.cat(parts)
 
-    def _encode_pass(self, tiles: torch.Tensor) -> torch.Tensor:
+    def encode_pass(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return the features of as many tiles as memory holds at once."""
         hidden = self._embed(normalize(tiles, dtype=self.weights["mlp1.0.weight"].dtype))
         encoder = self.weights.below("vision_model.encoder.layers")
         for layer in encoder.layers(self.vision.num_hidden_layers):

@@ -1,0 +1,155 @@
+"""Pictures of coloured marks on a plain ground, drawn alike by numpy and by torch."""
+
+import dataclasses
+import enum
+import random
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+TILE = 448
+
+
+class Shape(enum.StrEnum):
+    """Outlines of equal area, so that a blurred mark does not tell its shape."""
+
+    CIRCLE = "circle"
+    SQUARE = "square"
+    TRIANGLE = "triangle"
+    CROSS = "cross"
+
+
+class Place(enum.StrEnum):
+    """Quarters of a picture; the value is how answers call them."""
+
+    TOP_LEFT = "top left"
+    TOP_RIGHT = "top right"
+    BOTTOM_LEFT = "bottom left"
+    BOTTOM_RIGHT = "bottom right"
+
+    @property
+    def column(self) -> int:
+        """0 on the left, 1 on the right."""
+        return int(self in {Place.TOP_RIGHT, Place.BOTTOM_RIGHT})
+
+    @property
+    def row(self) -> int:
+        """0 at the top, 1 at the bottom."""
+        return int(self in {Place.BOTTOM_LEFT, Place.BOTTOM_RIGHT})
+
+
+COLOURS = {
+    "red": (205, 35, 35),
+    "green": (35, 150, 45),
+    "blue": (40, 50, 205),
+    "yellow": (230, 205, 25),
+}
+"""Names and their RGB values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """One shape; lengths are pixels of the picture."""
+
+    shape: Shape
+    colour: str
+    x: float
+    y: float
+    radius: float
+    """Radius of the circle of the same area."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A picture's content."""
+
+    columns: int
+    rows: int
+    ground: int
+    """Grey value of the background."""
+    marks: tuple[Mark, ...]
+
+    @property
+    def width(self) -> int:
+        """Pixels; a scene is as large as its tiles, so that no resampling moves a pixel."""
+        return TILE * self.columns
+
+    @property
+    def height(self) -> int:
+        """Pixels."""
+        return TILE * self.rows
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the model's grid, thumbnail included."""
+        area = self.columns * self.rows
+        return area if area == 1 else area + 1
+
+
+def one_large_mark(rng: random.Random, columns: int, rows: int) -> tuple[Scene, Place]:
+    """Return a scene with one mark that lies in one quarter of the picture."""
+    place = rng.choice(list(Place))
+    radius = rng.uniform(30, 70)
+    half_width, half_height = TILE * columns / 2, TILE * rows / 2
+    margin = 1.6 * radius
+    mark = Mark(
+        shape=rng.choice(list(Shape)),
+        colour=rng.choice(list(COLOURS)),
+        x=half_width * place.column + rng.uniform(margin, half_width - margin),
+        y=half_height * place.row + rng.uniform(margin, half_height - margin),
+        radius=radius,
+    )
+    return Scene(columns, rows, rng.randint(170, 255), (mark,)), place
+
+
+def four_small_marks(rng: random.Random, columns: int, rows: int) -> Scene:
+    """Return a scene with a mark in each corner tile, or in each quarter of a single tile.
+
+    All have one colour and one area: the thumbnail shows four dots alike. Each
+    grid tile shows a shape, but not which corner of the picture it is.
+    """
+    colour = rng.choice(list(COLOURS))
+    radius = rng.uniform(9, 12)
+    margin = 2 * radius
+    is_single = columns * rows == 1
+    size = TILE / 2 if is_single else TILE
+    last_column, last_row = (1, 1) if is_single else (columns - 1, rows - 1)
+    marks = tuple(
+        Mark(
+            shape=rng.choice(list(Shape)),
+            colour=colour,
+            x=size * place.column * last_column + rng.uniform(margin, size - margin),
+            y=size * place.row * last_row + rng.uniform(margin, size - margin),
+            radius=radius,
+        )
+        for place in Place
+    )
+    return Scene(columns, rows, rng.randint(170, 255), marks)
+
+
+def draw(scene: Scene) -> npt.NDArray[np.uint8]:
+    """Return the pixels [height, width, 3]."""
+    x = np.arange(scene.width, dtype=np.float32)[np.newaxis, :] + 0.5
+    y = np.arange(scene.height, dtype=np.float32)[:, np.newaxis] + 0.5
+    pixels = np.full((scene.height, scene.width, 3), scene.ground, dtype=np.uint8)
+    for mark in scene.marks:
+        inside = covers(mark.shape, (x - mark.x) / mark.radius, (y - mark.y) / mark.radius)
+        pixels[inside] = COLOURS[mark.colour]
+    return pixels
+
+
+def covers(shape: Shape, x: Any, y: Any) -> Any:
+    """Return where a shape of area pi around the origin lies; works on numpy and torch arrays."""
+    match shape:
+        case Shape.CIRCLE:
+            return x * x + y * y < 1
+        case Shape.SQUARE:
+            return (abs(x) < 0.886) & (abs(y) < 0.886)  # noqa: PLR2004 - sqrt(pi) / 2
+        case Shape.TRIANGLE:
+            # Equilateral, circumradius 1.555: area 3 sqrt(3) / 4 R^2 = pi.
+            return (y < 0.778) & (abs(x) * 1.732 < y + 1.555)  # noqa: PLR2004
+        case Shape.CROSS:
+            # Arms of length 1.189 and half width a third of it: area 20 / 9 L^2 = pi.
+            long, wide = 1.189, 0.396
+            return ((abs(x) < long) & (abs(y) < wide)) | ((abs(x) < wide) & (abs(y) < long))

@@ -1,0 +1,160 @@
+"""Pictures and videos of a request: fetched in the event loop, opened in a thread."""
+
+import asyncio
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+from internvl_runtime import errors, settings
+from internvl_runtime.engine import interface
+from internvl_runtime.model import conversation
+from internvl_runtime.server import schemas
+from internvl_runtime.vision import fetch, picture, sources, video
+
+Opened = picture.Picture | picture.Frame
+Fetched = Mapping[str, bytes]
+"""Bytes by URL, for the URLs that lie in the web."""
+
+_ROLES = {
+    "system": conversation.Role.SYSTEM,
+    "developer": conversation.Role.SYSTEM,
+    "user": conversation.Role.USER,
+    "assistant": conversation.Role.ASSISTANT,
+}
+_FETCHED_AT_ONCE = 8
+
+
+class Loader:
+    """Gets the media of requests under the server's limits."""
+
+    def __init__(
+        self, fetcher: fetch.Fetcher, *, limits: interface.EngineLimits, settings: settings.Settings
+    ) -> None:
+        self._fetcher = fetcher
+        self._limits = limits
+        self._settings = settings
+
+    async def fetch(self, messages: Sequence[schemas.Message]) -> Fetched:
+        """Fetch what lies in the web, each URL once; raises RequestError when one fails."""
+        urls = _web_urls(messages, self._settings)
+        if not urls:
+            return {}
+        budget = fetch.Budget(self._settings.max_request_bytes)
+        at_once = asyncio.Semaphore(_FETCHED_AT_ONCE)
+
+        async def fetch_one(url: str, max_bytes: int) -> bytes:
+            async with at_once:
+                return await self._fetcher.fetch(url, max_bytes=max_bytes, budget=budget)
+
+        tasks = [asyncio.create_task(fetch_one(url, most)) for url, most in urls.items()]
+        try:
+            contents = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return dict(zip(urls, contents, strict=True))
+
+    def read(
+        self, messages: Sequence[schemas.Message], fetched: Fetched
+    ) -> tuple[list[conversation.Turn], list[Opened]]:
+        """Return the conversation and its pictures, in order. Blocking: call it in a thread."""
+        reader = _Reader(self._limits, self._settings, fetched)
+        return [reader.read_message(message) for message in messages], reader.opened
+
+
+@dataclasses.dataclass
+class _Reader:
+    """Opens one request's media."""
+
+    limits: interface.EngineLimits
+    settings: settings.Settings
+    fetched: Fetched
+    opened: list[Opened] = dataclasses.field(default_factory=list)
+
+    def read_message(self, message: schemas.Message) -> conversation.Turn:
+        content = message.content or ""
+        parts = (content,) if isinstance(content, str) else tuple(map(self._read_part, content))
+        return conversation.Turn(_ROLES[message.role], parts)
+
+    def _read_part(self, part: schemas.ContentPart) -> conversation.Part:
+        match part:
+            case schemas.TextPart():
+                return part.text
+            case schemas.ImagePart():
+                return self._add(self._open_picture(part))
+            case schemas.VideoPart():
+                return conversation.Video(tuple(map(self._add, self._open_video(part.video_url))))
+
+    def _add(self, opened: Opened) -> conversation.Image:
+        self.opened.append(opened)
+        most = self.limits.max_tiles_per_request
+        tiles = sum(one.grid.tiles for one in self.opened)
+        if tiles > most:
+            raise errors.RequestError(
+                f"the pictures make {tiles} tiles or more; at most {most} are accepted in a "
+                "request: send fewer pictures, or give them a lower max_dynamic_patch or "
+                'detail "low"',
+                parameter="messages",
+                code="too_many_tiles",
+            )
+        return conversation.Image(len(self.opened) - 1)
+
+    def _open_picture(self, part: schemas.ImagePart) -> picture.Picture:
+        return picture.open_picture(
+            self._bytes_of(part.image_url.url, self.settings.max_image_bytes),
+            max_tiles=_tile_limit(part, self.limits.max_tiles_per_image),
+            max_pixels=self.settings.max_image_pixels,
+        )
+
+    def _open_video(self, described: schemas.VideoUrl) -> list[picture.Frame]:
+        frames = described.num_frames or self.settings.video_frames
+        if frames > self.settings.max_video_frames:
+            raise errors.RequestError(
+                f"video_url.num_frames is {frames}; at most {self.settings.max_video_frames} "
+                "frames are accepted: ask for fewer",
+                parameter="messages",
+            )
+        limits = video.VideoLimits(
+            max_pixels=self.settings.max_image_pixels, seconds=self.settings.video_seconds
+        )
+        data = self._bytes_of(described.url, self.settings.max_video_bytes)
+        return video.read_frames(data, frames=frames, limits=limits)
+
+    def _bytes_of(self, url: str, max_bytes: int) -> bytes:
+        if url in self.fetched:
+            return self.fetched[url]
+        return sources.read_url(url, max_bytes=max_bytes, folder=self.settings.media_folder)
+
+
+def _tile_limit(part: schemas.ImagePart, most: int) -> int:
+    """Return the most tiles of a picture's grid; raises RequestError above the server's limit."""
+    wanted = part.image_url.max_dynamic_patch or part.max_dynamic_patch
+    if wanted is not None and wanted > most:
+        raise errors.RequestError(
+            f"max_dynamic_patch is {wanted}; this engine was built for at most {most} tiles a "
+            f"picture: ask for at most {most}",
+            parameter="messages",
+            code="too_many_tiles",
+        )
+    if part.image_url.detail == "low":
+        return 1
+    return wanted or most
+
+
+def _web_urls(messages: Sequence[schemas.Message], settings_: settings.Settings) -> dict[str, int]:
+    """Return the URLs to fetch, with the most bytes of each."""
+    return {
+        url: most
+        for message in messages
+        for url, most in _urls(message, settings_)
+        if sources.scheme_of(url) in sources.WEB_SCHEMES
+    }
+
+
+def _urls(message: schemas.Message, settings_: settings.Settings) -> Iterator[tuple[str, int]]:
+    parts = message.content if isinstance(message.content, tuple) else ()
+    for part in parts:
+        match part:
+            case schemas.ImagePart():
+                yield part.image_url.url, settings_.max_image_bytes
+            case schemas.VideoPart():
+                yield part.video_url.url, settings_.max_video_bytes
