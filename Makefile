@@ -35,16 +35,16 @@ fmt: setup ## Format the code
 	.venv/bin/ruff format
 
 test-unit: setup ## Run the unit tests, under a minute
-	.venv/bin/pytest tests/unit
+	.venv/bin/pytest tests/unit -m "not long"
 
 test-integration: setup ## Run real processes on loopback, and the contract tests
-	.venv/bin/pytest tests/integration tests/contract
+	.venv/bin/pytest tests/integration tests/contract -m "not long"
 
 test-unit-3.12: setup ## Run the unit tests on Python 3.12, where it is installed
 	@if $(UV) venv -q --allow-existing --python $(PYTHON_3_12) .venv-3.12; then \
 		$(UV) pip sync -q --require-hashes --python .venv-3.12/bin/python requirements/dev.txt && \
 		$(UV) pip install -q --no-deps --python .venv-3.12/bin/python -e operator -e runtime && \
-		.venv-3.12/bin/pytest tests/unit; \
+		.venv-3.12/bin/pytest tests/unit -m "not long"; \
 	else echo "SKIPPED: there is no Python 3.12, and uv could not fetch one"; fi
 
 test-cluster: setup ## Run the cluster cases marked ci on the local cluster

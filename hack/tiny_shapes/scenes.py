@@ -90,7 +90,7 @@ class Scene:
 def one_large_mark(rng: random.Random, columns: int, rows: int) -> tuple[Scene, Place]:
     """Return a scene with one mark that lies in one quarter of the picture."""
     place = rng.choice(list(Place))
-    radius = rng.uniform(30, 70)
+    radius = rng.uniform(22, 45)
     half_width, half_height = TILE * columns / 2, TILE * rows / 2
     margin = 1.6 * radius
     mark = Mark(
@@ -104,23 +104,25 @@ def one_large_mark(rng: random.Random, columns: int, rows: int) -> tuple[Scene, 
 
 
 def four_small_marks(rng: random.Random, columns: int, rows: int) -> Scene:
-    """Return a scene with a mark in each corner tile, or in each quarter of a single tile.
+    """Return a scene with a mark in each corner tile, or in each quarter where tiles are fewer.
 
     All have one colour and one area: the thumbnail shows four dots alike. Each
     grid tile shows a shape, but not which corner of the picture it is.
     """
     colour = rng.choice(list(COLOURS))
     radius = rng.uniform(9, 12)
-    margin = 2 * radius
-    is_single = columns * rows == 1
-    size = TILE / 2 if is_single else TILE
-    last_column, last_row = (1, 1) if is_single else (columns - 1, rows - 1)
+
+    def within(tiles: int, half: int) -> float:
+        """Return a coordinate in the first or last tile, or in a half of the only one."""
+        size = TILE if tiles > 1 else TILE / 2
+        return half * (tiles * TILE - size) + rng.uniform(2 * radius, size - 2 * radius)
+
     marks = tuple(
         Mark(
             shape=rng.choice(list(Shape)),
             colour=colour,
-            x=size * place.column * last_column + rng.uniform(margin, size - margin),
-            y=size * place.row * last_row + rng.uniform(margin, size - margin),
+            x=within(columns, place.column),
+            y=within(rows, place.row),
             radius=radius,
         )
         for place in Place

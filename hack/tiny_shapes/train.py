@@ -49,6 +49,10 @@ _SEVERAL = {
     questions.Kind.OTHER_CORNER: 4, questions.Kind.SYSTEM: 1,
 }  # fmt: skip
 _IGNORED = -100
+_FLOAT32_FROM = 0.8
+"""Share of the training from which every product is float32 (TF32 on a GPU)."""
+_SHAPES = list(scenes.Shape)
+_COLOURS = list(scenes.COLOURS)
 
 
 def model_config(family: config.Family, *, vocab_size: int) -> config.ModelConfig:
@@ -89,14 +93,18 @@ class Trainee(torch.nn.Module):
         names = ("embed_tokens", "lm_head") if is_qwen else ("tok_embeddings", "output")
         hidden = F.embedding(token_ids, every[f"language_model.model.{names[0]}.weight"])
         if len(tiles):
-            tower = towers.VisionTower(self.model.vision, loading.Weights(every))
-            features = tower.encode_pass(tiles).flatten(0, 1)
+            features = self.encode(tiles).flatten(0, 1).to(hidden.dtype)
             hidden = hidden.masked_scatter((token_ids == context_id).unsqueeze(-1), features)
         for layer in range(self.model.language.num_hidden_layers):
             hidden = self._layer(hidden, every, f"language_model.model.layers.{layer}.")
         eps = self.model.language.rms_norm_eps
         hidden = towers.rms_norm(hidden, every["language_model.model.norm.weight"], eps)
         return F.linear(hidden, every[f"language_model.{names[1]}.weight"])
+
+    def encode(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return the features of uint8 tiles [N, 448, 448, 3]: [N, 256, hidden]."""
+        tower = towers.VisionTower(self.model.vision, loading.Weights(self.tensors))
+        return tower.encode_pass(tiles)
 
     def _layer(
         self, hidden: torch.Tensor, every: Mapping[str, torch.Tensor], root: str
@@ -165,6 +173,8 @@ def _angles(length: int, size: int, theta: float, device: str) -> tuple[torch.Te
 
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.nn.Parameter:
+    if name.endswith("position_embedding"):
+        return torch.nn.Parameter(_waves(shape[2]))
     is_norm = len(shape) == 1 and name.endswith("weight")
     if is_norm or name.endswith((".ls1", ".ls2")):
         return torch.nn.Parameter(torch.ones(shape))
@@ -172,6 +182,18 @@ def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> t
         return torch.nn.Parameter(torch.zeros(shape))
     deviation = 0.02 if "embed" in name and "patch" not in name else math.prod(shape[1:]) ** -0.5
     return torch.nn.Parameter(torch.randn(shape, generator=generator) * deviation)
+
+
+def _waves(hidden: int) -> torch.Tensor:
+    """Return sines and cosines of column and row: neighbours find each other from the start."""
+    side = config.TILE_SIZE // config.PATCH_SIZE
+    frequencies = math.pi / 2 ** torch.linspace(0, 5, hidden // 4)
+    angles = torch.outer(torch.arange(side), frequencies)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns = waves.unsqueeze(0).expand(side, side, -1)
+    rows = waves.unsqueeze(1).expand(side, side, -1)
+    patches = torch.cat([columns, rows], dim=2).flatten(0, 1)
+    return 0.5 * torch.cat([torch.zeros(1, hidden), patches]).unsqueeze(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +204,8 @@ class Batch:
     labels: torch.Tensor
     tiles: torch.Tensor
     kinds: list[questions.Kind]
+    is_several: bool
+    """Whether pictures have several tiles."""
 
 
 class Batches:
@@ -220,6 +244,7 @@ class Batches:
             labels.to(self._device),
             draw_tiles(pictures, self._device),
             [question.kind for question in asked],
+            is_several=any(scene.tiles > 1 for scene in pictures),
         )
 
     def _encode_afresh(
@@ -249,61 +274,169 @@ def draw_tiles(pictures: Sequence[scenes.Scene], device: str) -> torch.Tensor:
     columns, rows = pictures[0].columns, pictures[0].rows
     pixels = _draw_pictures(pictures, device)
     count, size = len(pictures), scenes.TILE
-    cut = pixels.view(count, 3, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
-    tiles = cut.reshape(count, rows * columns, 3, size, size)
+    cut = pixels.view(count, rows, size, columns, size, 3).transpose(2, 3)
+    tiles = cut.reshape(count, rows * columns, size, size, 3)
     if rows * columns > 1:
-        small = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-        tiles = torch.cat([tiles, small.clamp(0, 255).unsqueeze(1)], dim=1)
+        planes = pixels.permute(0, 3, 1, 2)
+        small = F.interpolate(planes, (size, size), mode="bicubic", antialias=True)
+        tiles = torch.cat([tiles, small.permute(0, 2, 3, 1).unsqueeze(1)], dim=1)
     noise = 6 * torch.rand(tiles.shape, device=device) - 3
-    tiles = (tiles + noise).clamp(0, 255).round().to(torch.uint8)
-    return tiles.flatten(0, 1).permute(0, 2, 3, 1)
+    return (tiles + noise).clamp(0, 255).round().to(torch.uint8).flatten(0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Marks:
+    """Every mark of some pictures, as tensors [M]."""
+
+    picture: torch.Tensor
+    x: torch.Tensor
+    y: torch.Tensor
+    radius: torch.Tensor
+    shape: torch.Tensor
+    colour: torch.Tensor
+
+
+def _marks_of(pictures: Sequence[scenes.Scene], device: str) -> _Marks:
+    rows = [
+        (number, mark.x, mark.y, mark.radius, _SHAPES.index(mark.shape),
+         _COLOURS.index(mark.colour))
+        for number, scene in enumerate(pictures)
+        for mark in scene.marks
+    ]  # fmt: skip
+    values = torch.tensor(rows, dtype=torch.float32).to(device).unbind(1)
+    return _Marks(
+        values[0].long(), values[1], values[2], values[3], values[4].long(), values[5].long()
+    )
 
 
 def _draw_pictures(pictures: Sequence[scenes.Scene], device: str) -> torch.Tensor:
-    """Return float pixels [N, 3, height, width]."""
-    first = pictures[0]
-    x = torch.arange(first.width, device=device).view(1, -1) + 0.5
-    y = torch.arange(first.height, device=device).view(-1, 1) + 0.5
-    grounds = torch.tensor([scene.ground for scene in pictures], dtype=torch.float32)
-    pixels = grounds.to(device).view(-1, 1, 1, 1).repeat(1, 3, first.height, first.width)
-    for number, scene in enumerate(pictures):
-        for mark in scene.marks:
-            reach = int(2 * mark.radius) + 2
-            left, top = max(0, int(mark.x) - reach), max(0, int(mark.y) - reach)
-            here = (slice(top, int(mark.y) + reach), slice(left, int(mark.x) + reach))
-            inside = scenes.covers(
-                mark.shape, (x[:, here[1]] - mark.x) / mark.radius,
-                (y[here[0]] - mark.y) / mark.radius,
-            )  # fmt: skip
-            colour = torch.tensor(scenes.COLOURS[mark.colour], dtype=torch.float32, device=device)
-            window = pixels[number, :, here[0], here[1]]
-            window.copy_(torch.where(inside, colour.view(3, 1, 1), window))
-    return pixels
+    """Return float pixels [N, height, width, 3]."""
+    width, height, count = pictures[0].width, pictures[0].height, len(pictures)
+    grounds = torch.tensor([float(scene.ground) for scene in pictures]).to(device)
+    # One row more than there are pixels takes what lies outside of a mark.
+    pixels = grounds.repeat_interleave(height * width).unsqueeze(1).repeat(1, 3)
+    pixels = torch.cat([pixels, pixels[:1]])
+    marks = _marks_of(pictures, device)
+    reach = int(1.8 * max(mark.radius for scene in pictures for mark in scene.marks)) + 2
+    window = torch.arange(-reach, reach, device=device)
+    x = (marks.x.long().unsqueeze(1) + window).unsqueeze(1)
+    y = (marks.y.long().unsqueeze(1) + window).unsqueeze(2)
+    left = (x + 0.5 - marks.x.view(-1, 1, 1)) / marks.radius.view(-1, 1, 1)
+    top = (y + 0.5 - marks.y.view(-1, 1, 1)) / marks.radius.view(-1, 1, 1)
+    every = torch.stack([scenes.covers(shape, left, top) for shape in _SHAPES])
+    inside = every.gather(0, marks.shape.view(1, -1, 1, 1).expand(1, *every.shape[1:]))[0]
+    inside = inside & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    index = (marks.picture.view(-1, 1, 1) * height + y) * width + x
+    index = torch.where(inside, index, count * height * width)
+    colours = torch.tensor(list(scenes.COLOURS.values()), dtype=torch.float32).to(device)
+    painted = colours[marks.colour].view(-1, 1, 1, 3).expand(*index.shape, 3)
+    pixels[index] = painted
+    return pixels[:-1].view(count, height, width, 3)
+
+
+def label_cells(pictures: Sequence[scenes.Scene], device: str) -> torch.Tensor:
+    """Return what covers each image token of the grid's tiles: [N, tiles, 256, 2].
+
+    Shape and colour, from 1; 0 where there is nothing.
+    """
+    columns, rows, cells = pictures[0].columns, pictures[0].rows, 16
+    side = scenes.TILE / cells
+    x = (torch.arange(columns * cells, device=device) + 0.5) * side
+    y = (torch.arange(rows * cells, device=device) + 0.5) * side
+    marks = _marks_of(pictures, device)
+    near = (marks.radius * 1.2).clamp(min=0.75 * side).unsqueeze(1)
+    hit = ((x - marks.x.unsqueeze(1)).abs() < near).unsqueeze(1) & (
+        (y - marks.y.unsqueeze(1)).abs() < near
+    ).unsqueeze(2)
+    labels = torch.zeros(len(pictures), len(y), len(x), 2, dtype=torch.long, device=device)
+    what = torch.stack([marks.shape, marks.colour], dim=1) + 1
+    for picture, here, mark in zip(marks.picture.tolist(), hit, what, strict=True):
+        labels[picture] = torch.where(here.unsqueeze(-1), mark, labels[picture])
+    cut = labels.view(len(pictures), rows, cells, columns, cells, 2).transpose(2, 3)
+    return cut.reshape(len(pictures), rows * columns, cells * cells, 2)
+
+
+class CellHead(torch.nn.Module):
+    """Tells shape and colour from an image token: a teacher of the tower, dropped in the end."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.shape = torch.nn.Linear(hidden, len(_SHAPES) + 1)
+        self.colour = torch.nn.Linear(hidden, len(_COLOURS) + 1)
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss of features [..., hidden] for labels [..., 2]."""
+        weight = torch.ones(len(_SHAPES) + 1, device=features.device)
+        weight[0] = 0.05
+        shape = F.cross_entropy(self.shape(features).flatten(0, -2), labels[..., 0].flatten(),
+                                weight)  # fmt: skip
+        colour = F.cross_entropy(self.colour(features).flatten(0, -2), labels[..., 1].flatten(),
+                                 weight)  # fmt: skip
+        return shape + colour
+
+    def accuracy(self, features: torch.Tensor, labels: torch.Tensor) -> float:
+        """Return how many of the marked cells are told right."""
+        marked = labels[..., 0] > 0
+        right = self.shape(features).argmax(-1) == labels[..., 0]
+        return float(right[marked].float().mean())
+
+
+def teach_tower(
+    trainee: Trainee, head: CellHead, *, seed: int, device: str, seconds: float, rate: float
+) -> None:
+    """Train tower and projector alone, on what lies in each cell of single tiles."""
+    rng = random.Random(seed)
+    tower = [p for name, p in zip(trainee.names, trainee.parameters_in_order, strict=True)
+             if not name.startswith("language_model")]  # fmt: skip
+    optimizer = torch.optim.AdamW([*tower, *head.parameters()], lr=rate, betas=(0.9, 0.98))
+    started, step = time.monotonic(), 0
+    while (progress := (time.monotonic() - started) / seconds) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 100) * (1.05 - progress)
+        pictures = [
+            scenes.four_small_marks(rng, 1, 1)
+            if rng.random() < 0.5  # noqa: PLR2004
+            else scenes.one_large_mark(rng, 1, 1)[0]
+            for _ in range(96 if device == "cuda" else 8)
+        ]
+        labels = label_cells(pictures, device)[:, 0]
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            features = trainee.encode(draw_tiles(pictures, device))
+            loss = head(features.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tower, 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            accuracy = head.accuracy(features.float(), labels)
+            elapsed = time.monotonic() - started
+            print(f"tower {step} {elapsed:.0f} s loss {loss.item():.4f} shapes {accuracy:.3f}")
+        step += 1
 
 
 def train(
-    trainee: Trainee, batches: Batches, *, steps: int, seconds: float, rate: float, context_id: int
-) -> None:
-    """Train until the steps or the time are used up, whichever comes first."""
+    trainee: Trainee, batches: Batches, *, seconds: float, rate: float, context_id: int,
+    device: str,
+) -> None:  # fmt: skip
+    """Train on questions until the time is used up; the last part without any bfloat16."""
     decayed = [p for p in trainee.parameters() if p.ndim > 1]
     others = [p for p in trainee.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        lr=rate, betas=(0.9, 0.98), fused=torch.cuda.is_available(),
+        lr=rate, betas=(0.9, 0.98), fused=device == "cuda",
     )  # fmt: skip
-    started = time.monotonic()
-    right: dict[tuple[str, int], list[bool]] = {}
-    for step in range(steps):
-        progress = max(step / steps, (time.monotonic() - started) / seconds)
-        if progress >= 1:
-            break
+    started, step = time.monotonic(), 0
+    right: dict[str, list[bool]] = {}
+    while (progress := (time.monotonic() - started) / seconds) < 1:
         scale = min(1.0, (step + 1) / 200) * (
             0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
         )
         for group in optimizer.param_groups:
             group["lr"] = rate * scale
         batch = batches.draw()
-        logits = trainee(batch.token_ids, batch.tiles, context_id)
+        is_rough = device == "cuda" and progress < _FLOAT32_FROM
+        with torch.autocast(device, torch.bfloat16, enabled=is_rough):
+            logits = trainee(batch.token_ids, batch.tiles, context_id).float()
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=_IGNORED)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -311,17 +444,14 @@ def train(
         optimizer.step()
         if step % 10 == 0:
             answered = _whole_answers(logits, batch.labels)
-            several = int(len(batch.tiles) > 2 * len(batch.kinds))
+            mark = "+" if batch.is_several else ""
             for kind, is_right in zip(batch.kinds, answered, strict=True):
-                right.setdefault((kind.value, several), []).append(is_right)
-        if step % 200 == 0:
-            table = {
-                f"{kind}{'+' if several else ''}": round(sum(of_kind) / len(of_kind), 3)
-                for (kind, several), of_kind in sorted(right.items())
-            }
-            elapsed = time.monotonic() - started
-            print(f"{step} {elapsed:.0f} s loss {loss.item():.4f} {json.dumps(table)}", flush=True)
+                right.setdefault(kind.value + mark, []).append(is_right)
+        if step % 250 == 0:
+            table = " ".join(f"{kind} {sum(k) / len(k):.2f}" for kind, k in sorted(right.items()))
+            print(f"{step} {time.monotonic() - started:.0f} s loss {loss.item():.4f} {table}")
             right.clear()
+        step += 1
 
 
 def _whole_answers(logits: torch.Tensor, labels: torch.Tensor) -> list[bool]:
@@ -346,8 +476,9 @@ def main() -> None:
     parser.add_argument("--family", type=config.Family, choices=list(config.Family), required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--seconds", type=float, default=500.0)
+    parser.add_argument("--tower-seconds", type=float, default=50.0)
+    parser.add_argument("--tower-rate", type=float, default=1e-3)
+    parser.add_argument("--seconds", type=float, default=450.0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     arguments = parser.parse_args()
@@ -365,10 +496,19 @@ def main() -> None:
         f"{count} parameters, {2 * count / 1e6:.2f} MB in bfloat16, {model.language.vocab_size} ids"
     )
     batches = Batches(tokens, seed=arguments.seed, size=arguments.batch, device=device)
+    head = CellHead(model.language.hidden_size).to(device)
+    teach_tower(
+        trainee,
+        head,
+        seed=arguments.seed,
+        device=device,
+        seconds=arguments.tower_seconds,
+        rate=arguments.tower_rate,
+    )
     try:
         train(
-            trainee, batches, steps=arguments.steps, seconds=arguments.seconds,
-            rate=arguments.rate, context_id=tokens.control_ids[conversation.Control.IMAGE_CONTEXT],
+            trainee, batches, seconds=arguments.seconds, rate=arguments.rate, device=device,
+            context_id=tokens.control_ids[conversation.Control.IMAGE_CONTEXT],
         )  # fmt: skip
     finally:
         save(trainee, arguments.output)

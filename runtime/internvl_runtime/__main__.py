@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config_ = settings.Settings()
     try:
         result = parsed.run(parsed, config_)
+    except errors.RequestError as e:
+        print(f"{parsed.command}: {e.message}", file=sys.stderr)
+        return EXIT_FAILED
     except errors.StageError as e:
         failure = {"reason": e.reason.value, "message": e.message, "remedy": e.remedy}
         _write_termination(config_, {"stage": parsed.command, **failure})
@@ -104,6 +107,24 @@ def _serve(arguments: argparse.Namespace, config_: settings.Settings) -> None:
     asyncio.run(app.serve(arguments.engine, config=config_))
 
 
+def _inspect(arguments: argparse.Namespace, config_: settings.Settings) -> None:
+    import rich.console
+
+    from internvl_runtime.server import inspection
+
+    if arguments.request:
+        messages = inspection.read_request(arguments.request)
+    else:
+        messages = inspection.question(
+            arguments.image, arguments.text, max_dynamic_patch=arguments.max_dynamic_patch
+        )
+    inspected = asyncio.run(inspection.inspect(arguments.model, messages, config_=config_))
+    if arguments.json:
+        print(json.dumps(inspected.describe()))
+    else:
+        inspection.show(inspected, console=rich.console.Console())
+
+
 def _synthesize(arguments: argparse.Namespace, config_: settings.Settings) -> None:
     recipe = synthesize.Recipe(arguments.shape, arguments.family, arguments.seed)
     report = progress.Progress("synthesize").step("write", unit="bytes")
@@ -149,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     build = add("build", _build, "build, verify and publish an engine of a checkpoint")
     verify = add("verify", _verify, "repeat the recorded answers of a published engine")
     serve = add("serve", _serve, "serve a published engine over the OpenAI API")
+    inspect = add("inspect", _inspect, "show what a request becomes: grids, tiles, token ids")
     made_up = add("synthesize", _synthesize, "write a checkpoint with seeded random weights")
     for command in (resolve, fetch):
         command.add_argument("--source", required=True, help="JSON: synthetic or folder")
@@ -167,6 +189,12 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--flags", required=True, help="JSON of every build flag")
     for command in (verify, serve):
         command.add_argument("--engine", type=Path, required=True, metavar="DIR")
+    inspect.add_argument("model", type=Path, metavar="MODEL_DIR", help="a checkpoint's folder")
+    inspect.add_argument("--image", type=Path, action="append", default=[], metavar="FILE")
+    inspect.add_argument("--text", default="", help="the question; <image> takes the pictures")
+    inspect.add_argument("--max-dynamic-patch", type=int, help="most tiles of a picture's grid")
+    inspect.add_argument("--request", type=Path, metavar="FILE", help="a chat request in JSON")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
     made_up.add_argument("--shape", required=True)
     made_up.add_argument("--family", type=config.Family, choices=list(config.Family))
     made_up.add_argument("--seed", type=int, default=0)

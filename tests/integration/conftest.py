@@ -9,6 +9,7 @@ CASES = [
     (shapes.TINY, config.Family.QWEN2),
     (shapes.TINY, config.Family.INTERNLM2),
     (shapes.TINY_6B_VISION, config.Family.QWEN2),
+    (shapes.TINY_6B_VISION, config.Family.INTERNLM2),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Greedy tokens through HTTP equal those of transformers' own InternVL, token by token."""
+"""Tokens and logits equal those of transformers' own InternVL on the same weights, in float32."""
 
 import hf_reference
 import httpx
@@ -6,56 +6,96 @@ import numpy as np
 import pictures
 import pytest
 import runtime_process
-from internvl_runtime.model import config, tokenizer
+from internvl_runtime.engine import folder, interface
+from internvl_runtime.engine.pytorch import generator
+from internvl_runtime.model import config, prompt, tokenizer
 from internvl_runtime.vision import grid, tiles
 
 TOKENS = 16
-PORTRAIT, SQUARE = (360, 640), (300, 300)
+LOGIT_TOLERANCE = 2e-3
+"""Both sum in float32 in orders of their own; logits are of magnitude 10."""
+PORTRAIT, SQUARE, LARGE = (360, 640), (300, 300), (700, 700)
 CONVERSATIONS = {
-    "text": (["Hello, who are you?"], []),
-    "one picture": ([PORTRAIT, "What is in the picture?"], [PORTRAIT]),
-    "two pictures": (["first", PORTRAIT, SQUARE, "compare them"], [PORTRAIT, SQUARE]),
+    "text": [("user", ["Hello, who are you?"])],
+    "one picture": [("user", [PORTRAIT, "What is in the picture?"])],
+    "three pictures": [("user", ["first", PORTRAIT, SQUARE, "compare them", LARGE])],
+    "two turns": [
+        ("system", ["Be brief."]),
+        ("user", [SQUARE, "What is it?"]),
+        ("assistant", ["the red circle"]),
+        ("user", ["And here?", PORTRAIT]),
+    ],
 }
 
 
-def content_of(parts):
+def messages_of(conversation):
     return [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else pictures.image_part(pictures.draw(*part))
-        for part in parts
+        {
+            "role": role,
+            "content": [
+                {"type": "text", "text": part}
+                if isinstance(part, str)
+                else pictures.image_part(pictures.draw(*part))
+                for part in parts
+            ],
+        }
+        for role, parts in conversation
     ]
 
 
-def tiles_of(sizes):
-    cut = [
-        tiles.cut_tiles(pictures.draw(*size), grid.choose_grid(*size, max_tiles=12))
-        for size in sizes
-    ]
-    return np.concatenate(cut) if cut else None
+def sizes_of(conversation):
+    return [part for _, parts in conversation for part in parts if not isinstance(part, str)]
+
+
+def tiles_of(size):
+    cut = tiles.cut_tiles(pictures.draw(*size), grid.choose_grid(*size, max_tiles=12))
+    return cut.copy()
 
 
 @pytest.mark.filterwarnings("default")
 def test_answers_equal_the_references(checkpoint, tmp_path):
     engine = runtime_process.build_engine(checkpoint, cache=tmp_path)
     tokens = tokenizer.load_tokenizer(checkpoint, config.read_model_config(checkpoint))
-    reference = hf_reference.load_reference(
-        checkpoint, image_token_id=tokens.control_ids["<IMG_CONTEXT>"]
-    )
+    context = tokens.control_ids["<IMG_CONTEXT>"]
+    reference = hf_reference.load_reference(checkpoint, image_token_id=context)
+    ours = generator.load_generator(folder.open_engine(engine))
     with runtime_process.serve(engine) as server:
-        for name, (parts, sizes) in CONVERSATIONS.items():
+        for name, conversation in CONVERSATIONS.items():
             body = {
                 "model": "tiny",
-                "messages": [{"role": "user", "content": content_of(parts)}],
+                "messages": messages_of(conversation),
                 "max_tokens": TOKENS,
                 "temperature": 0,
                 "return_token_ids": True,
+                "ignore_eos": True,
             }
             url = f"{server.url}/v1/chat/completions"
             answer = httpx.post(url, json=body, timeout=120).json()
-            ours = answer["choices"][0]["token_ids"]
-            theirs = hf_reference.generate_greedily(
-                reference, answer["prompt_token_ids"], tiles_of(sizes), max_tokens=TOKENS
+            answered = answer["choices"][0]["token_ids"]
+            prompt_ids = answer["prompt_token_ids"]
+            cut = [tiles_of(size) for size in sizes_of(conversation)]
+            every = np.concatenate(cut) if cut else None
+
+            expected, theirs = hf_reference.generate_greedily(
+                reference, prompt_ids, every, max_tokens=TOKENS
             )
-            assert ours == theirs[: len(ours)], name
-            assert len(ours) == TOKENS or ours[-1] in tokens.stop_ids
+            assert answered == expected, name
+            logits = [step.logits for step in generate(ours, prompt_ids, context, cut)]
+            assert np.abs(np.stack(logits) - theirs).max() < LOGIT_TOLERANCE, name
+
+
+def generate(ours, prompt_ids, context, cut):
+    """Our engine's steps for a prompt whose pictures lie where the context tokens do."""
+    placements, position = [], 0
+    for index, own in enumerate(cut):
+        position = prompt_ids.index(context, position)
+        placements.append(prompt.ImagePlacement(index, position, 256 * len(own)))
+        position += 256 * len(own)
+    request = interface.GenerationRequest(
+        request_id=interface.RequestId("r"),
+        prompt=prompt.Prompt(tuple(prompt_ids), tuple(placements)),
+        images=(),
+        sampling=interface.Sampling(max_tokens=TOKENS, temperature=0.0),
+        stop_token_ids=frozenset(),
+    )
+    return [step for step in ours.generate(request, cut) if step is not None]

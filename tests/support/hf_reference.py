@@ -60,14 +60,12 @@ def load_reference(folder: Path, *, image_token_id: int) -> Any:
 
 def generate_greedily(
     model: Any, token_ids: list[int], tiles: np.ndarray | None, *, max_tokens: int
-) -> list[int]:
-    """Return greedy tokens for a prompt and the uint8 tiles of all its pictures."""
-    inputs: dict[str, Any] = {"input_ids": torch.tensor([token_ids])}
-    if tiles is not None:
-        pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
-        mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-        std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-        inputs["pixel_values"] = (pixels - mean) / std
+) -> tuple[list[int], np.ndarray]:
+    """Return greedy tokens and their float32 logits [tokens, vocabulary].
+
+    For a prompt and the uint8 tiles of all its pictures.
+    """
+    inputs = _inputs(token_ids, tiles)
     with torch.inference_mode():
         generated = model.generate(
             **inputs,
@@ -76,8 +74,21 @@ def generate_greedily(
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
-    return generated[0, len(token_ids) :].tolist()
+    logits = torch.cat(generated.logits).numpy()
+    return generated.sequences[0, len(token_ids) :].tolist(), logits
+
+
+def _inputs(token_ids: list[int], tiles: np.ndarray | None) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([token_ids])}
+    if tiles is not None:
+        pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+        mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        inputs["pixel_values"] = (pixels - mean) / std
+    return inputs
 
 
 def _config(raw: dict[str, Any], image_token_id: int) -> Any:

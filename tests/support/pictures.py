@@ -3,6 +3,7 @@
 import base64
 import io
 
+import av
 import numpy as np
 import PIL.Image
 
@@ -12,6 +13,19 @@ def draw(width, height):
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     channels = [(7 * x + 3 * y) % 256, (5 * x + 11 * y + (x * y) // 97) % 256, (x ^ y) % 256]
     return PIL.Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def film(count, *, width=64, height=48, codec="libx264", kind="mp4"):
+    """Return a video whose frame n is grey n * 5."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(count):
+            pixels = np.full((height, width, 3), number * 5, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
 
 
 def data_url(picture):

@@ -68,11 +68,13 @@ def build_engine(folder: Path, *, cache: Path, dtype: str = "float32") -> Path:
 
 
 @contextlib.contextmanager
-def serve(engine: Path, *, wait: bool = True) -> Iterator[Server]:
-    """Serve an engine on loopback until the block ends."""
+def serve(engine: Path, *, wait: bool = True, **settings: object) -> Iterator[Server]:
+    """Serve an engine on loopback until the block ends; settings by their names."""
     port, metrics_port = _free_port(), _free_port()
     environment = {
         **os.environ,
+        "INTERNVL_RUNTIME_PROPAGATION_SECONDS": "0",
+        **{f"INTERNVL_RUNTIME_{name.upper()}": _setting(value) for name, value in settings.items()},
         "INTERNVL_RUNTIME_HOST": "127.0.0.1",
         "INTERNVL_RUNTIME_PORT": str(port),
         "INTERNVL_RUNTIME_METRICS_PORT": str(metrics_port),
@@ -91,6 +93,10 @@ def serve(engine: Path, *, wait: bool = True) -> Iterator[Server]:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         process.wait(timeout=30)
+
+
+def _setting(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _wait_until_ready(server: Server) -> None:

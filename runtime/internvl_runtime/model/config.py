@@ -132,6 +132,8 @@ class ModelConfig:
     vision: VisionConfig
     system_message: str | None
     """Overrides the template's system message; null in a config.json counts as absent."""
+    max_dynamic_patch: int = 12
+    """Most tiles of a picture's grid, the thumbnail not counted, where nothing else is said."""
 
     @property
     def projector_input_size(self) -> int:
@@ -173,6 +175,7 @@ def parse_model_config(raw: Any) -> ModelConfig:
         language=_parse_language(_section(raw, "llm_config")),
         vision=_parse_vision(_section(raw, "vision_config")),
         system_message=_system_message(raw),
+        max_dynamic_patch=_integer({"max_dynamic_patch": 12, **raw}, "max_dynamic_patch"),
     )
 
 

@@ -67,7 +67,7 @@ def _read_file(url: str, *, max_bytes: int, folder: Path | None) -> bytes:
     try:
         path = _path_below(url, folder)
         # Path.open takes no opener.
-        with open(path, "rb", opener=_open_without_waiting) as file:  # noqa: PTH123
+        with open(path, "rb", opener=_open_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ValueError("only plain files are read")
             content = file.read(max_bytes + 1)

@@ -1,4 +1,7 @@
+import random
+
 import pytest
+import tile_oracle
 from internvl_runtime.vision import grid
 
 GOLDEN = [
@@ -41,3 +44,13 @@ def test_there_are_35_candidates_for_12_tiles():
 
 def test_one_tile_at_most_has_no_thumbnail():
     assert grid.choose_grid(4000, 100, max_tiles=1).tiles == 1
+
+
+def test_10_000_random_sizes_get_the_oracles_grid():
+    rng = random.Random(11)
+    for _ in range(10_000):
+        width, height = (round(8192 ** rng.random()) for _ in range(2))
+        limit = rng.choice((12, 12, rng.randint(1, 40)))
+        chosen = grid.choose_grid(width, height, max_tiles=limit)
+        expected = tile_oracle.grid_of(width, height, limit)
+        assert (chosen.columns, chosen.rows) == expected, (width, height, limit)

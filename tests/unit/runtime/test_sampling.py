@@ -146,7 +146,5 @@ ENDS = [
 
 @pytest.mark.parametrize(("token_id", "generated", "expected"), ENDS)
 def test_an_answer_ends_by_a_stop_token_or_its_length(token_id, generated, expected):
-    reason = sampling.finish_reason(
-        token_id, stop_token_ids={7}, generated=generated, max_tokens=4
-    )
+    reason = sampling.finish_reason(token_id, stop_token_ids={7}, generated=generated, max_tokens=4)
     assert reason is expected

@@ -1,9 +1,13 @@
 import hashlib
+import io
+import random
 
 import data
 import numpy as np
 import PIL.Image
 import pytest
+import random_pictures
+import tile_oracle
 from internvl_runtime import errors
 from internvl_runtime.vision import picture, tiles
 from internvl_runtime.vision.grid import choose_grid
@@ -84,3 +88,58 @@ def test_the_content_hash_depends_on_bytes_and_tile_limit(tmp_path):
 
     assert content_hash(12) == content_hash(12)
     assert content_hash(12) != content_hash(6)
+
+
+def test_500_random_pictures_give_the_oracles_tiles():
+    check_random_pictures(seed=13, count=500, largest=2048)
+
+
+@pytest.mark.long
+def test_10_000_random_pictures_to_8192_give_the_oracles_tiles():
+    check_random_pictures(seed=17, count=10_000, largest=8192)
+
+
+def check_random_pictures(*, seed, count, largest):
+    rng = random.Random(seed)
+    for _ in range(count):
+        content, described = random_pictures.draw(rng, largest=largest)
+        limit = rng.choice((1, 6, 12, 12))
+        opened = picture.open_picture(content, max_tiles=limit, max_pixels=PIXELS)
+        pixels = np.asarray(PIL.Image.open(io.BytesIO(content)).convert("RGB"))
+        columns, rows = tile_oracle.grid_of(*pixels.shape[1::-1], limit)
+        expected = tile_oracle.tiles_of(pixels, columns, rows)
+        assert np.array_equal(opened.load(), expected), f"{described}, {limit} tiles"
+
+
+MODES = [
+    (PIL.Image.new("RGBA", (2, 1), (10, 20, 30, 0)), (10, 20, 30)),
+    (PIL.Image.new("LA", (2, 1), (7, 0)), (7, 7, 7)),
+    (PIL.Image.new("CMYK", (2, 1), (0, 255, 255, 0)), (255, 0, 0)),
+    (PIL.Image.new("1", (2, 1), 1), (255, 255, 255)),
+    (PIL.Image.fromarray(np.full((1, 2), 4000, np.uint16)), (255, 255, 255)),
+]
+
+
+@pytest.mark.parametrize(("source", "colour"), MODES, ids=lambda value: getattr(value, "mode", ""))
+def test_modes_become_rgb_as_convert_gives_them(source, colour):
+    buffer = io.BytesIO()
+    source.save(buffer, format="TIFF")
+    opened = picture.open_picture(buffer.getvalue(), max_tiles=1, max_pixels=PIXELS)
+    assert opened.load()[0, 0, 0].tolist() == list(colour)
+
+
+def test_the_first_picture_of_a_gif_counts():
+    buffer = io.BytesIO()
+    first, second = (PIL.Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    first.save(buffer, format="GIF", save_all=True, append_images=[second])
+    opened = picture.open_picture(buffer.getvalue(), max_tiles=1, max_pixels=PIXELS)
+    assert opened.load()[0, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_the_orientation_in_exif_is_not_applied():
+    buffer = io.BytesIO()
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    draw(200, 100).save(buffer, format="JPEG", exif=exif)
+    opened = picture.open_picture(buffer.getvalue(), max_tiles=12, max_pixels=PIXELS)
+    assert (opened.width, opened.height) == (200, 100)

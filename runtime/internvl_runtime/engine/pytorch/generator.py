@@ -52,7 +52,7 @@ class Generator:
     ) -> Iterator[Generated | None]:
         """Yield the answer token by token, and None after a step that made none.
 
-        `tiles[i]` are the uint8 tiles [N, 448, 448, 3] of picture i.
+        `tiles[i]` are the uint8 tiles [N, 448, 448, 3] of picture i, in writable memory.
         """
         with torch.inference_mode():
             yield from self._generate(request, tiles)

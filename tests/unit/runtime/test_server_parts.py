@@ -1,0 +1,85 @@
+"""Keys, draining, bounds: the parts around the routes."""
+
+import asyncio
+import os
+
+import pytest
+from internvl_runtime import errors
+from internvl_runtime.server import drain, keys, limits
+
+DEPTHS = [
+    (b"{}", 1),
+    (b'{"a": [[1], {"b": []}]}', 4),
+    (b'"[[[["', 0),
+    (b'{"a": "\\"[[["}', 1),
+    (b"[" * 100_000, 100_000),
+    (b'"' + b"a" * 10_000_000 + b'"', 0),
+    (b'"unfinished [', 1),
+]
+
+
+@pytest.mark.parametrize(("body", "depth"), DEPTHS, ids=lambda v: str(v)[:20])
+def test_depth_is_counted_outside_of_strings(body, depth):
+    assert limits.depth_of(body) == depth
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("# first\nalpha\n\nbeta\n")
+    return path
+
+
+def test_any_of_the_keys_is_accepted(key_file):
+    known = keys.ApiKeys(key_file)
+    assert known.accepts("Bearer alpha")
+    assert known.accepts("bearer beta")
+    for wrong in ("", "alpha", "Bearer", "Bearer ", "Bearer alph", "Bearer # first", "Basic alpha"):
+        assert not known.accepts(wrong)
+
+
+def test_a_changed_file_counts_at_once(key_file):
+    known = keys.ApiKeys(key_file)
+    fresh = key_file.with_name("fresh")
+    fresh.write_text("gamma\n")
+    os.replace(fresh, key_file)
+    assert known.accepts("Bearer gamma")
+    assert not known.accepts("Bearer alpha")
+
+
+def test_a_file_that_is_gone_leaves_the_last_keys_in_force(key_file):
+    known = keys.ApiKeys(key_file)
+    key_file.unlink()
+    assert known.accepts("Bearer alpha")
+    assert not known.accepts("Bearer other")
+
+
+@pytest.mark.parametrize("content", [None, "", "# nothing\n"])
+def test_a_server_without_any_key_does_not_start(tmp_path, content):
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(errors.StageError, match="API key"):
+        keys.ApiKeys(path)
+
+
+async def test_a_drain_waits_for_propagation_and_for_running_requests():
+    draining = drain.Drain()
+    draining.enter()
+    leaving = asyncio.create_task(draining.leave(propagation_seconds=0.05, finish_seconds=5))
+    await asyncio.sleep(0)
+    assert draining.phase is drain.Phase.LEAVING
+    draining.enter()
+    await asyncio.sleep(0.1)
+    assert draining.phase is drain.Phase.CLOSED
+    draining.exit()
+    await asyncio.sleep(0)
+    assert not leaving.done()
+    draining.exit()
+    await asyncio.wait_for(leaving, 1)
+
+
+async def test_a_drain_ends_when_its_time_is_up():
+    draining = drain.Drain()
+    draining.enter()
+    await asyncio.wait_for(draining.leave(propagation_seconds=0, finish_seconds=0.05), 1)
