@@ -110,7 +110,7 @@ def four_small_marks(rng: random.Random, columns: int, rows: int) -> Scene:
     grid tile shows a shape, but not which corner of the picture it is.
     """
     colour = rng.choice(list(COLOURS))
-    radius = rng.uniform(9, 12)
+    radius = rng.uniform(14, 18)
 
     def within(tiles: int, half: int) -> float:
         """Return a coordinate in the first or last tile, or in a half of the only one."""

@@ -165,6 +165,9 @@ def _check_engine(backend: str, device: str) -> None:
 
 
 def _plan_source(source: v1alpha1.Source) -> tuple[dict[str, Any], str | None]:
+    if source.bundled is not None:
+        _check_bundled(source.bundled)
+        return {"bundled": {"name": source.bundled.name}}, None
     if source.synthetic is not None:
         return {"synthetic": _plan_synthetic(source.synthetic)}, None
     if source.persistent_volume_claim is not None:
@@ -172,9 +175,18 @@ def _plan_source(source: v1alpha1.Source) -> tuple[dict[str, Any], str | None]:
         path = "/".join([SOURCES_FOLDER, claim.claim_name, claim.path.strip("/")])
         return {"folder": {"path": path.rstrip("/")}}, claim.claim_name
     raise errors.SpecError(
-        "spec.model.source is empty: set synthetic or persistentVolumeClaim; downloads by name "
-        "are not offered by this version"
+        "spec.model.source is empty: set bundled, synthetic or persistentVolumeClaim; downloads by "
+        "name are not offered by this version"
     )
+
+
+def _check_bundled(source: v1alpha1.BundledSource) -> None:
+    if source.name not in catalog.BUNDLED_MODELS:
+        raise errors.SpecError(
+            f"spec.model.source.bundled.name is {source.name!r}: use one of "
+            f"{', '.join(catalog.BUNDLED_MODELS)}",
+            reason=errors.Reason.MODEL_NOT_FOUND,
+        )
 
 
 def _plan_synthetic(source: v1alpha1.SyntheticSource) -> dict[str, Any]:

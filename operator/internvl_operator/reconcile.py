@@ -477,6 +477,8 @@ def _refused(decision: Decision, error: errors.KubeError) -> Decision:
 
 
 def _model_label(source: Mapping[str, Any]) -> str:
+    if "bundled" in source:
+        return str(source["bundled"]["name"])
     if "synthetic" in source:
         return f"synthetic {source['synthetic']['shape']}"
     return str(source["folder"]["path"]).rpartition("/")[2]

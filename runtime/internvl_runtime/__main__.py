@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = add("inspect", _inspect, "show what a request becomes: grids, tiles, token ids")
     made_up = add("synthesize", _synthesize, "write a checkpoint with seeded random weights")
     for command in (resolve, fetch):
-        command.add_argument("--source", required=True, help="JSON: synthetic or folder")
+        command.add_argument("--source", required=True, help="JSON: bundled, synthetic or folder")
     for command in (resolve, fetch, convert, build):
         command.add_argument(
             "--cache", type=Path, help="cache folder (INTERNVL_RUNTIME_CACHE_ROOT)"

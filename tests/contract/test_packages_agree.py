@@ -14,7 +14,7 @@ from internvl_operator.resources import jobs, serving
 from internvl_runtime import __main__ as runtime_main
 from internvl_runtime import errors as runtime_errors
 from internvl_runtime import settings as runtime_settings
-from internvl_runtime.artifacts import shapes
+from internvl_runtime.artifacts import shapes, source
 from internvl_runtime.engine import folder
 from internvl_runtime.store import keys as runtime_keys
 
@@ -90,6 +90,11 @@ def test_the_operator_sends_the_build_flags_that_the_runtime_reads():
 
 def test_the_catalog_has_the_runtimes_shapes_and_dimensions():
     assert set(catalog.SYNTHETIC_SHAPES) == {shapes.TINY, shapes.TINY_6B_VISION}
+
+
+def test_the_bundled_models_are_those_that_the_runtime_ships():
+    shipped = {path.parent.name for path in source.BUNDLED.glob("*/config.json")}
+    assert set(catalog.BUNDLED_MODELS) == shipped
     for name, model in shapes.PUBLISHED.items():
         for variant in ("", "-MPO"):
             known = catalog.MODELS[name + variant]

@@ -82,7 +82,7 @@ def test_a_stream_equals_the_whole_answer_in_every_way(server, way):
     for choice in whole.choices:
         parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice.index]
         assert "".join(p["delta"].get("content") or "" for p in parts) == choice.message.content
-        assert sum((p.get("token_ids", []) for p in parts), []) == choice.token_ids
+        assert [i for p in parts for i in p.get("token_ids", [])] == choice.token_ids
         assert parts[-1]["finish_reason"] == choice.finish_reason
         told = [entry for p in parts if p["logprobs"] for entry in p["logprobs"]["content"]]
         assert told == (choice.logprobs.model_dump()["content"] if choice.logprobs else [])

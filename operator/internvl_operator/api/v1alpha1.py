@@ -24,6 +24,12 @@ class _Model(pydantic.BaseModel):
     )
 
 
+class BundledSource(_Model):
+    """A model that ships in the runtime image."""
+
+    name: str
+
+
 class SyntheticSource(_Model):
     """Seeded random weights."""
 
@@ -42,6 +48,7 @@ class ClaimSource(_Model):
 class Source(_Model):
     """Where weights come from; the schema lets exactly one through."""
 
+    bundled: BundledSource | None = None
     synthetic: SyntheticSource | None = None
     persistent_volume_claim: ClaimSource | None = None
 

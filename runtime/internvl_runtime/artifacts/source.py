@@ -1,4 +1,4 @@
-"""Where weights come from: a mounted folder, or made here from a seed."""
+"""Where weights come from: a mounted folder, this package, or made here from a seed."""
 
 import contextlib
 import dataclasses
@@ -17,6 +17,9 @@ from internvl_runtime.artifacts import progress, safetensors_file, synthesize, t
 from internvl_runtime.model import config
 from internvl_runtime.store import cache as caches
 from internvl_runtime.store import keys
+
+BUNDLED = Path(__file__).parent / "bundled"
+"""The models that ship with this package, a folder each."""
 
 _SMALL_FILES = (
     "config.json",
@@ -164,9 +167,39 @@ class FolderSource:
         return cache.root / "tmp" / f"digests-{name}.json"
 
 
+@dataclasses.dataclass(frozen=True)
+class BundledSource:
+    """A small trained model that ships with this package; it is not copied."""
+
+    name: str
+
+    def holds(self, weights: caches.Published) -> bool:
+        """Whether the weights are a copy, or refer to a bundled model."""
+        return weights_folder(weights) in {weights.path, BUNDLED / self.name}
+
+    def identify(self, cache: caches.Cache, stage: progress.Progress) -> Identified:
+        """Hash the files; raises StageError when there is no such model."""
+        folder = BUNDLED / self.name
+        if not (folder / "config.json").is_file():
+            known = sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
+            raise errors.StageError(
+                errors.Reason.MODEL_NOT_FOUND,
+                f"there is no bundled model {self.name!r} in this image",
+                remedy=f"use one of {', '.join(known)}",
+            )
+        return FolderSource(folder).identify(cache, stage)
+
+    def fetch(self, workspace: Path, stage: progress.Progress) -> list[caches.Reference]:
+        """Refer to the model."""
+        del workspace, stage
+        return [caches.Reference("bundled", self.name)]
+
+
 def parse_source(raw: Mapping[str, Any], *, tokenizer_model: Path) -> Source:
-    """Read `{"synthetic": {shape, family, seed}}` or `{"folder": {path}}`."""
+    """Read `{"bundled": {name}}`, `{"synthetic": {shape, family, seed}}` or `{"folder": {path}}`."""
     match raw:
+        case {"bundled": {"name": str(name)}}:
+            return BundledSource(name)
         case {"synthetic": {"shape": str(shape)} as described}:
             family = described.get("family")
             recipe = synthesize.Recipe(
@@ -179,7 +212,8 @@ def parse_source(raw: Mapping[str, Any], *, tokenizer_model: Path) -> Source:
             raise errors.StageError(
                 errors.Reason.INVALID_SPEC,
                 f"the source {json.dumps(dict(raw))} is not known",
-                remedy='give {"synthetic": {...}} or {"folder": {"path": ...}}',
+                remedy='give {"bundled": {"name": ...}}, {"synthetic": {...}} or '
+                '{"folder": {"path": ...}}',
             )
 
 
@@ -188,6 +222,8 @@ def weights_folder(weights: caches.Published) -> Path:
     for reference in weights.manifest.references:
         if reference.kind == "folder":
             return Path(reference.location)
+        if reference.kind == "bundled":
+            return BUNDLED / reference.location
     return weights.path
 
 

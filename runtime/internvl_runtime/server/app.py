@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def create_app(api: routes.Api, *, config: settings.Settings, draining: drain.Dr
 async def serve(engine_dir: Path, *, config: settings.Settings) -> None:
     """Serve an engine until SIGTERM; raises StageError when it can not start or its worker dies."""
     _name_requests_in_logs()
+    # Pillow warns of what its decoders find; a broken picture is told to its sender.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     opened = folder.open_engine(engine_dir)
     engine = client.WorkerEngine(
         opened, threads=config.torch_threads, start_seconds=config.worker_start_seconds

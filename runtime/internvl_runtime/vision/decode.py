@@ -1,12 +1,13 @@
 """Bytes to an RGB picture, bounded before anything is decoded."""
 
 import io
-import warnings
 
 import PIL.Image
 
 from internvl_runtime import errors
 
+PIL.Image.MAX_IMAGE_PIXELS = None
+"""Our own limit is checked instead, and is a refusal and no warning."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
@@ -16,9 +17,7 @@ def open_picture(data: bytes, *, max_pixels: int) -> PIL.Image.Image:
     Raises RequestError when the bytes are no picture or the picture is too large.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            picture = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
+        picture = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
     except PIL.UnidentifiedImageError as e:
         raise _unreadable("its format is not known") from e
     except Exception as e:

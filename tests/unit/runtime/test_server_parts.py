@@ -1,7 +1,6 @@
 """Keys, draining, bounds: the parts around the routes."""
 
 import asyncio
-import os
 
 import pytest
 from internvl_runtime import errors
@@ -42,7 +41,7 @@ def test_a_changed_file_counts_at_once(key_file):
     known = keys.ApiKeys(key_file)
     fresh = key_file.with_name("fresh")
     fresh.write_text("gamma\n")
-    os.replace(fresh, key_file)
+    fresh.replace(key_file)
     assert known.accepts("Bearer gamma")
     assert not known.accepts("Bearer alpha")
 
