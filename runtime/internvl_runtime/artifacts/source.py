@@ -196,7 +196,7 @@ class BundledSource:
 
 
 def parse_source(raw: Mapping[str, Any], *, tokenizer_model: Path) -> Source:
-    """Read `{"bundled": {name}}`, `{"synthetic": {shape, family, seed}}` or `{"folder": {path}}`."""
+    """Read `{"bundled": {name}}`, `{"synthetic": {shape, family}}` or `{"folder": {path}}`."""
     match raw:
         case {"bundled": {"name": str(name)}}:
             return BundledSource(name)
