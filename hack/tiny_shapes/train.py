@@ -1,6 +1,6 @@
 """Trains tiny-shapes and writes it as a published-style checkpoint.
 
-    python -m tiny_shapes.train --family qwen2 --output DIR
+    PYTHONPATH=hack python -m tiny_shapes.train --family qwen2 --output DIR
 
 Weights and sums are float32 (products may use TF32), so that rounding the
 result to bfloat16 or float16 leaves its answers alone. Pictures are drawn on
@@ -49,7 +49,9 @@ _SEVERAL = {
     questions.Kind.OTHER_CORNER: 4, questions.Kind.SYSTEM: 1,
 }  # fmt: skip
 _IGNORED = -100
-_FLOAT32_FROM = 0.8
+_TOWER_SHARE = 0.3
+"""Learning rate of the tower, which has been taught before, relative to the language model's."""
+_FLOAT32_FROM = 0.85
 """Share of the training from which every product is float32 (TF32 on a GPU)."""
 _SHAPES = list(scenes.Shape)
 _COLOURS = list(scenes.COLOURS)
@@ -100,6 +102,13 @@ class Trainee(torch.nn.Module):
         eps = self.model.language.rms_norm_eps
         hidden = towers.rms_norm(hidden, every["language_model.model.norm.weight"], eps)
         return F.linear(hidden, every[f"language_model.{names[1]}.weight"])
+
+    def load(self, folder: Path) -> None:
+        """Take over the weights of a folder that `save` wrote."""
+        saved = safetensors.torch.load_file(folder / "model.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.tensors.items():
+                parameter.copy_(saved[name])
 
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
         """Return the features of uint8 tiles [N, 448, 448, 3]: [N, 256, hidden]."""
@@ -419,11 +428,14 @@ def train(
     device: str,
 ) -> None:  # fmt: skip
     """Train on questions until the time is used up; the last part without any bfloat16."""
-    decayed = [p for p in trainee.parameters() if p.ndim > 1]
-    others = [p for p in trainee.parameters() if p.ndim <= 1]
+    language, tower = (
+        [p for name, p in zip(trainee.names, trainee.parameters_in_order, strict=True)
+         if name.startswith("language_model") is is_language]
+        for is_language in (True, False)
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        lr=rate, betas=(0.9, 0.98), fused=device == "cuda",
+        [{"params": language, "share": 1.0}, {"params": tower, "share": _TOWER_SHARE}],
+        lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=device == "cuda",
     )  # fmt: skip
     started, step = time.monotonic(), 0
     right: dict[str, list[bool]] = {}
@@ -432,7 +444,7 @@ def train(
             0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
         )
         for group in optimizer.param_groups:
-            group["lr"] = rate * scale
+            group["lr"] = rate * scale * group["share"]
         batch = batches.draw()
         is_rough = device == "cuda" and progress < _FLOAT32_FROM
         with torch.autocast(device, torch.bfloat16, enabled=is_rough):
@@ -476,8 +488,9 @@ def main() -> None:
     parser.add_argument("--family", type=config.Family, choices=list(config.Family), required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, help="a folder to go on from, tower and all")
     parser.add_argument("--tower-seconds", type=float, default=50.0)
-    parser.add_argument("--tower-rate", type=float, default=1e-3)
+    parser.add_argument("--tower-rate", type=float, default=3e-3)
     parser.add_argument("--seconds", type=float, default=450.0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1.5e-3)
@@ -496,6 +509,8 @@ def main() -> None:
         f"{count} parameters, {2 * count / 1e6:.2f} MB in bfloat16, {model.language.vocab_size} ids"
     )
     batches = Batches(tokens, seed=arguments.seed, size=arguments.batch, device=device)
+    if arguments.resume:
+        trainee.load(arguments.resume)
     head = CellHead(model.language.hidden_size).to(device)
     teach_tower(
         trainee,

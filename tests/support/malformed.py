@@ -42,7 +42,7 @@ _RANGES = {
     "response_format": (7, {"type": "xml"}, {"type": "json_schema"}, {}),
     "tools": ([{"type": "function"}], 7),
     "audio": ({"voice": "x"},),
-    "model": (None, 7, "other", ["tiny"], ""),
+    "model": (7, "other", ["tiny"], {}),
 }
 
 

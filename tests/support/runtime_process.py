@@ -74,11 +74,11 @@ def serve(engine: Path, *, wait: bool = True, **settings: object) -> Iterator[Se
     environment = {
         **os.environ,
         "INTERNVL_RUNTIME_PROPAGATION_SECONDS": "0",
-        **{f"INTERNVL_RUNTIME_{name.upper()}": _setting(value) for name, value in settings.items()},
         "INTERNVL_RUNTIME_HOST": "127.0.0.1",
         "INTERNVL_RUNTIME_PORT": str(port),
         "INTERNVL_RUNTIME_METRICS_PORT": str(metrics_port),
         "INTERNVL_RUNTIME_SERVED_MODEL_NAMES": '["tiny"]',
+        **{f"INTERNVL_RUNTIME_{name.upper()}": _setting(value) for name, value in settings.items()},
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "internvl_runtime", "serve", "--engine", str(engine)],

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import fastapi
@@ -72,27 +72,26 @@ class Api:
         self, body: schemas.ChatCompletionRequest, http: fastapi.Request
     ) -> fastapi.Response:
         """Answer a conversation."""
-        self._check_model(body.model)
+        model = self._name_of(body.model)
         requests = await _unless_disconnected(self._prepare_chat(body), http)
         form = answers.ChatFormat(token_bytes=self._preparer.tokens.token_bytes)
-        return await self._respond(body, http, requests, form)
+        return await self._respond(body, http, self._answer(body, model, requests, form))
 
     async def create_completion(
         self, body: schemas.CompletionRequest, http: fastapi.Request
     ) -> fastapi.Response:
         """Continue a text."""
-        self._check_model(body.model)
+        model = self._name_of(body.model)
         with self._counted_as_preparing():
             requests = await self._in_thread(lambda: self._preparer.prepare_completion(body))
         form = answers.CompletionFormat(self._preparer.tokens.token_bytes)
-        return await self._respond(body, http, requests, form)
+        return await self._respond(body, http, self._answer(body, model, requests, form))
 
     async def tokenize(
         self, body: schemas.TokenizeRequest, http: fastapi.Request
     ) -> dict[str, Any]:
         """Tell the token ids of a prompt or a conversation."""
-        if body.model is not None:
-            self._check_model(body.model)
+        self._name_of(body.model)
         expanded = await _unless_disconnected(self._expand(body), http)
         return {
             "count": len(expanded.token_ids),
@@ -106,8 +105,7 @@ class Api:
 
     async def retrieve_model(self, name: str) -> dict[str, Any]:
         """Describe one of them."""
-        self._check_model(name)
-        return _describe_model(name)
+        return _describe_model(self._name_of(name))
 
     async def tell_version(self) -> dict[str, str]:
         """Tell the runtime's version."""
@@ -157,25 +155,25 @@ class Api:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
+    def _answer(
+        self, body: sampling.Fields, model: str, requests: prepare.Requests, form: answers.Format
+    ) -> answers.Answer:
+        return answers.Answer(
+            requests=requests,
+            model=model,
+            format=form,
+            return_token_ids=body.return_token_ids,
+            stream_usage=bool(body.stream_options and body.stream_options.include_usage),
+        )
+
     async def _respond(
-        self,
-        body: sampling.Fields,
-        http: fastapi.Request,
-        requests: prepare.Requests,
-        form: answers.Format,
+        self, body: sampling.Fields, http: fastapi.Request, answer: answers.Answer
     ) -> fastapi.Response:
         unknown = body.unknown_fields()
         if unknown:
             metrics.IGNORED_FIELDS.inc(len(unknown))
             logger.info("ignored the fields %s", ", ".join(unknown)[:200])
-        answer = answers.Answer(
-            requests=requests,
-            model=body.model,
-            format=form,
-            return_token_ids=body.return_token_ids,
-            stream_usage=bool(body.stream_options and body.stream_options.include_usage),
-        )
-        deltas = self._generate(requests, body.stops)
+        deltas = self._generate(answer.requests, body.stops)
         if body.stream:
             # The first step decides the status: an error before it is still a plain answer.
             first = await _unless_disconnected(anext(deltas), http)
@@ -185,7 +183,7 @@ class Api:
         return fastapi.responses.JSONResponse(answer.completion(collected))
 
     async def _generate(
-        self, requests: prepare.Requests, stop: tuple[str, ...]
+        self, requests: Sequence[interface.GenerationRequest], stop: tuple[str, ...]
     ) -> AsyncGenerator[answers.Delta, None]:
         size = sum(image.size for image in requests[0].images)
         if self._held_bytes + size > self._admission.max_bytes:
@@ -199,7 +197,10 @@ class Api:
         finally:
             self._held_bytes -= size
 
-    def _check_model(self, name: str) -> None:
+    def _name_of(self, name: str | None) -> str:
+        """Return the served name that a request means; raises RequestError for another."""
+        if not name:
+            return self._model_names[0]
         if name not in self._model_names:
             raise errors.RequestError(
                 f"the model {name[:200]!r} is not served here; use one of "
@@ -208,6 +209,7 @@ class Api:
                 code="model_not_found",
                 status=404,
             )
+        return name
 
 
 def _describe_model(name: str) -> dict[str, Any]:

@@ -145,7 +145,8 @@ class SamplingFields(_Body):
 
     model_config = pydantic.ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
-    model: Text
+    model: Text | None = None
+    """One of the served names; empty or absent means the first of them."""
     max_tokens: Annotated[int, pydantic.Field(ge=1)] | None = None
     temperature: Annotated[float, pydantic.Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
