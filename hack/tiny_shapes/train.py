@@ -511,15 +511,15 @@ def main() -> None:
     batches = Batches(tokens, seed=arguments.seed, size=arguments.batch, device=device)
     if arguments.resume:
         trainee.load(arguments.resume)
-    head = CellHead(model.language.hidden_size).to(device)
-    teach_tower(
-        trainee,
-        head,
-        seed=arguments.seed,
-        device=device,
-        seconds=arguments.tower_seconds,
-        rate=arguments.tower_rate,
-    )
+    else:
+        teach_tower(
+            trainee,
+            CellHead(model.language.hidden_size).to(device),
+            seed=arguments.seed,
+            device=device,
+            seconds=arguments.tower_seconds,
+            rate=arguments.tower_rate,
+        )
     try:
         train(
             trainee, batches, seconds=arguments.seconds, rate=arguments.rate, device=device,

@@ -55,7 +55,12 @@ def result_of(*arguments, cache):
 
 def build_engine(folder: Path, *, cache: Path, dtype: str = "float32") -> Path:
     """Walk from a checkpoint's folder to a published engine; returns its folder."""
-    source = json.dumps({"folder": {"path": str(folder)}})
+    return build_engine_of({"folder": {"path": str(folder)}}, cache=cache, dtype=dtype)
+
+
+def build_engine_of(described: dict, *, cache: Path, dtype: str = "float32") -> Path:
+    """Walk from a source to a published engine; returns its folder."""
+    source = json.dumps(described)
     weights = result_of("resolve", "--source", source, cache=cache)["weights"]
     result_of("fetch", "--source", source, "--weights", weights, cache=cache)
     convert = ["convert", "--weights", weights, "--dtype", dtype]
