@@ -15,10 +15,10 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in DOCUMEN
 
 def commands(text):
     for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
-        joined = block.replace("\\\n", " ")
-        for line in joined.splitlines():
-            if line.startswith("$ "):
-                yield shlex.split(line[2:], comments=True)
+        for command in re.split(r"^\$ ", block.replace("\\\n", " "), flags=re.MULTILINE)[1:]:
+            first, *_ = command.splitlines()
+            text = command if "'{" in first else first
+            yield shlex.split(text, comments=True)
 
 
 @pytest.mark.parametrize("name", TEXTS)
