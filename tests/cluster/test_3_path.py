@@ -8,7 +8,8 @@ import hf_reference
 import httpx
 import pictures
 import pytest
-from cluster_client import TINY, tiny_spec
+import shape_questions
+from cluster_client import TINY, shapes_spec, tiny_spec
 from internvl_runtime.artifacts import synthesize
 from internvl_runtime.model import config, tokenizer
 from internvl_runtime.vision import grid, tiles
@@ -58,14 +59,26 @@ def test_a_streamed_answer_equals_the_reference_token_by_token(client, family, t
         tmp_path, image_token_id=tokens.control_ids["<IMG_CONTEXT>"]
     )
     cut = tiles.cut_tiles(pictures.draw(*SIZE), grid.choose_grid(*SIZE, max_tiles=12))
-    theirs = hf_reference.generate_greedily(reference, prompt_ids, cut, max_tokens=16)
+    theirs, _ = hf_reference.generate_greedily(reference, prompt_ids, cut, max_tokens=16)
     assert ours == theirs[: len(ours)]
     assert len(ours) == 16 or ours[-1] in tokens.stop_ids
 
 
 @pytest.mark.ci
+@pytest.mark.parametrize("name", ["tiny-shapes", "tiny-shapes-internlm2"])
+def test_the_bundled_model_answers_right_through_its_service(client, name):
+    client.apply_model("demo", shapes_spec(name))
+    client.wait_until_ready("demo")
+
+    asked = list(shape_questions.fresh(60, seed="cluster"))
+    answers = [client.ask_messages("demo", shape_questions.messages_of(q)) for q in asked]
+
+    assert sum(a == q.answer for a, q in zip(answers, asked, strict=True)) >= 59
+
+
+@pytest.mark.ci
 def test_children_heal_and_the_cache_outlives_the_resource(client):
-    client.apply_model("demo", tiny_spec())
+    client.apply_model("demo", shapes_spec())
     client.wait_until_ready("demo")
     before = client.ask("demo", CONTENT)["choices"]
 
@@ -86,7 +99,7 @@ def test_children_heal_and_the_cache_outlives_the_resource(client):
     client.wait_until("children go", lambda: not client.list_objects("deployments,services"))
     assert [c["metadata"]["name"] for c in client.list_objects("pvc")] == ["internvl-cache"]
 
-    client.apply_model("again", tiny_spec())
+    client.apply_model("again", shapes_spec())
     client.wait_until_ready("again")
     names = [job["metadata"]["name"] for job in client.list_objects("jobs")]
     assert len(names) == 1
@@ -149,16 +162,16 @@ def test_killing_the_nodes_processes_and_the_operator_delays_but_does_not_stop(c
 
 @pytest.mark.ci
 def test_a_change_is_rolled_out_and_a_bad_one_touches_nothing(client):
-    client.apply_model("demo", tiny_spec())
+    client.apply_model("demo", shapes_spec())
     client.wait_until_ready("demo")
     first = client.get("ivl", "demo")["status"]["serving"]["engineKey"]
 
-    client.apply_model("demo", {**tiny_spec(), "engine": {"backend": "TensorRT"}})
+    client.apply_model("demo", {**shapes_spec(), "engine": {"backend": "TensorRT"}})
     message = client.wait_for_condition("demo", "Validated", "False", "InvalidSpec")
     assert "spec.engine.backend" in message
     assert client.ask("demo", "still there?")["usage"]["completion_tokens"] > 0
 
-    client.apply_model("demo", {**tiny_spec(), "engine": {"dtype": "bfloat16"}})
+    client.apply_model("demo", {**shapes_spec(), "engine": {"dtype": "float32"}})
     client.wait_until_ready("demo")
     assert client.get("ivl", "demo")["status"]["serving"]["engineKey"] != first
 

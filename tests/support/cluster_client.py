@@ -12,8 +12,17 @@ READY_SECONDS = 240
 TINY = {"shape": "tiny", "family": "qwen2", "seed": 5}
 
 
+def shapes_spec(name: str = "tiny-shapes") -> dict[str, Any]:
+    """Return the spec of the trained model on a CPU, in bfloat16."""
+    return {
+        "model": {"source": {"bundled": {"name": name}}},
+        "engine": {"dtype": "bfloat16"},
+        "cache": {"size": "1Gi"},
+    }
+
+
 def tiny_spec(**source) -> dict[str, Any]:
-    """Return the spec of a tiny model on a CPU in float32."""
+    """Return the spec of a tiny model with random weights on a CPU, in float32."""
     return {
         "model": {"source": {"synthetic": {**TINY, **source}}},
         "engine": {"dtype": "float32"},
@@ -102,16 +111,18 @@ class Client:
 
     def ask(self, name: str, content: Any, **more: Any) -> dict[str, Any]:
         """Send one chat request; returns the response."""
-        body = {
-            "model": name,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": 8,
-            "temperature": 0,
-            **more,
-        }
+        messages = [{"role": "user", "content": content}]
+        return self._post(name, {"messages": messages, "max_tokens": 8, **more})
+
+    def ask_messages(self, name: str, messages: list[dict[str, Any]]) -> str:
+        """Send a conversation; returns the text of the answer."""
+        answer = self._post(name, {"messages": messages, "max_tokens": 16})
+        return answer["choices"][0]["message"]["content"]
+
+    def _post(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
         url = f"{self.base_url(name)}/v1/chat/completions"
         with httpx.Client(trust_env=False, timeout=120) as http:
-            answer = http.post(url, json=body)
+            answer = http.post(url, json={"model": name, "temperature": 0, **body})
         assert answer.status_code == 200, answer.text
         return answer.json()
 

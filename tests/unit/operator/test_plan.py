@@ -5,6 +5,7 @@ SOURCE = {"synthetic": {"shape": "tiny", "family": "qwen2"}}
 REFUSED = [
     ({"model": {"name": "InternVL9", "source": SOURCE}}, "'InternVL9'", "ModelNotFound"),
     ({"model": {"source": {}}}, "source is empty", "InvalidSpec"),
+    ({"model": {"source": {"bundled": {"name": "cats"}}}}, "'cats': use one of", "ModelNotFound"),
     ({"model": {"source": {"synthetic": {"shape": "big"}}}}, "'big'", "ModelNotFound"),
     ({"model": {"source": {"synthetic": {"shape": "tiny"}}}}, "family is needed", "InvalidSpec"),
     ({"engine": {"backend": "TensorRT"}}, "TensorRT on CPU", "InvalidSpec"),
@@ -33,6 +34,13 @@ def test_build_flags_are_complete_after_defaulting(defaults, make_resource):
         "maxTilesPerImage": 12,
         "maxTilesPerRequest": 52,
     }
+
+
+def test_a_bundled_model_is_named_to_the_runtime(defaults, make_resource):
+    source = {"bundled": {"name": "tiny-shapes"}}
+    made = plan.make_plan(make_resource({"model": {"source": source}}), defaults=defaults)
+    assert made.source == source
+    assert made.source_claim is None
 
 
 def test_a_claims_folder_is_where_the_pods_see_it(defaults, make_resource):
