@@ -27,7 +27,10 @@ class Kind(enum.StrEnum):
     ONE_MARK = "one mark"
     CORNER = "corner"
     """The right tile of a picture of several."""
+    COLOURED_CORNER = "coloured corner"
+    WHERE = "where"
     WHICH_IMAGE = "which image"
+    WHICH_COLOUR = "which colour"
     SECOND_IMAGE = "second image"
     COLOUR_OF_IT = "colour of it"
     """The earlier turn."""
@@ -59,13 +62,38 @@ def ask(kind: Kind, rng: random.Random, grid: Grid) -> Question:
 
 def _one_mark(rng: random.Random, grid: Grid) -> Question:
     scene, place = scenes.one_large_mark(rng, *grid)
-    return Question(Kind.ONE_MARK, (_about_picture(WHAT),), (scene,), _where(scene, place))
+    return Question(Kind.ONE_MARK, (_about_picture(WHAT),), (scene,), _place(scene, place))
 
 
 def _corner(rng: random.Random, grid: Grid) -> Question:
     scene, place = scenes.four_small_marks(rng, *grid), rng.choice(list(scenes.Place))
     turn = _about_picture(f"What is at the {place}?")
     return Question(Kind.CORNER, (turn,), (scene,), _at(scene, place))
+
+
+def _coloured_corner(rng: random.Random, grid: Grid) -> Question:
+    scene = scenes.four_small_marks(rng, *grid, is_colourful=True)
+    place = rng.choice(list(scenes.Place))
+    turn = _about_picture(f"What is at the {place}?")
+    return Question(Kind.COLOURED_CORNER, (turn,), (scene,), _at(scene, place))
+
+
+def _where(rng: random.Random, grid: Grid) -> Question:
+    scene = scenes.four_small_marks(rng, *grid, is_colourful=True)
+    place = rng.choice(list(scenes.Place))
+    colour = scene.marks[list(scenes.Place).index(place)].colour
+    return Question(
+        Kind.WHERE, (_about_picture(f"Where is {colour}?"),), (scene,), f"at the {place}"
+    )
+
+
+def _which_colour(rng: random.Random, grid: Grid) -> Question:
+    pictures = _two_pictures(rng, grid)
+    while pictures[0].marks[0].colour == pictures[1].marks[0].colour:
+        pictures = _two_pictures(rng, grid)
+    number = rng.randrange(2)
+    turn = _about_two(f"Which image holds {pictures[number].marks[0].colour}?")
+    return Question(Kind.WHICH_COLOUR, (turn,), pictures, f"image {number + 1}")
 
 
 def _which_image(rng: random.Random, grid: Grid) -> Question:
@@ -124,7 +152,10 @@ def _text(rng: random.Random, grid: Grid) -> Question:
 _MAKERS: dict[Kind, Callable[[random.Random, Grid], Question]] = {
     Kind.ONE_MARK: _one_mark,
     Kind.CORNER: _corner,
+    Kind.COLOURED_CORNER: _coloured_corner,
+    Kind.WHERE: _where,
     Kind.WHICH_IMAGE: _which_image,
+    Kind.WHICH_COLOUR: _which_colour,
     Kind.SECOND_IMAGE: _second_image,
     Kind.COLOUR_OF_IT: _colour_of_it,
     Kind.OTHER_CORNER: _other_corner,
@@ -142,7 +173,7 @@ def _name(mark: scenes.Mark) -> str:
     return f"a {mark.colour} {mark.shape}"
 
 
-def _where(scene: scenes.Scene, place: scenes.Place) -> str:
+def _place(scene: scenes.Scene, place: scenes.Place) -> str:
     return f"{_name(scene.marks[0])} at the {place}"
 
 

@@ -103,13 +103,16 @@ def one_large_mark(rng: random.Random, columns: int, rows: int) -> tuple[Scene, 
     return Scene(columns, rows, rng.randint(170, 255), (mark,)), place
 
 
-def four_small_marks(rng: random.Random, columns: int, rows: int) -> Scene:
+def four_small_marks(
+    rng: random.Random, columns: int, rows: int, *, is_colourful: bool = False
+) -> Scene:
     """Return a scene with a mark in each corner tile, or in each quarter where tiles are fewer.
 
-    All have one colour and one area: the thumbnail shows four dots alike. Each
-    grid tile shows a shape, but not which corner of the picture it is.
+    All have one area and, unless they are to be colourful, one colour: the
+    thumbnail shows four dots alike. Each grid tile shows a shape, but not
+    which corner of the picture it is. Colourful ones have a colour each.
     """
-    colour = rng.choice(list(COLOURS))
+    colours = rng.sample(list(COLOURS), 4) if is_colourful else [rng.choice(list(COLOURS))] * 4
     radius = rng.uniform(14, 18)
 
     def within(tiles: int, half: int) -> float:
@@ -125,7 +128,7 @@ def four_small_marks(rng: random.Random, columns: int, rows: int) -> Scene:
             y=within(rows, place.row),
             radius=radius,
         )
-        for place in Place
+        for place, colour in zip(Place, colours, strict=True)
     )
     return Scene(columns, rows, rng.randint(170, 255), marks)
 

@@ -39,19 +39,23 @@ WORDS = (
 """Tokens of the vocabulary besides bytes."""
 
 _SINGLE = {
-    questions.Kind.ONE_MARK: 4, questions.Kind.CORNER: 4, questions.Kind.WHICH_IMAGE: 5,
-    questions.Kind.SECOND_IMAGE: 5, questions.Kind.COLOUR_OF_IT: 2,
-    questions.Kind.OTHER_CORNER: 3, questions.Kind.SYSTEM: 2, questions.Kind.NO_SYSTEM: 1,
+    questions.Kind.ONE_MARK: 2, questions.Kind.CORNER: 5, questions.Kind.COLOURED_CORNER: 5,
+    questions.Kind.WHERE: 4, questions.Kind.WHICH_IMAGE: 4, questions.Kind.WHICH_COLOUR: 4,
+    questions.Kind.SECOND_IMAGE: 4, questions.Kind.COLOUR_OF_IT: 1,
+    questions.Kind.OTHER_CORNER: 3, questions.Kind.SYSTEM: 1, questions.Kind.NO_SYSTEM: 1,
     questions.Kind.TEXT: 1,
 }  # fmt: skip
+"""How often each kind is asked about pictures of one tile."""
 _SEVERAL = {
-    questions.Kind.ONE_MARK: 3, questions.Kind.CORNER: 8, questions.Kind.COLOUR_OF_IT: 1,
-    questions.Kind.OTHER_CORNER: 4, questions.Kind.SYSTEM: 1,
+    questions.Kind.ONE_MARK: 2, questions.Kind.CORNER: 7, questions.Kind.COLOURED_CORNER: 6,
+    questions.Kind.WHERE: 4, questions.Kind.COLOUR_OF_IT: 1, questions.Kind.OTHER_CORNER: 3,
+    questions.Kind.SYSTEM: 1,
 }  # fmt: skip
+"""How often each kind is asked about pictures of several tiles."""
 _IGNORED = -100
 _TOWER_SHARE = 0.3
 """Learning rate of the tower, which has been taught before, relative to the language model's."""
-_FLOAT32_FROM = 0.85
+_FLOAT32_FROM = 0.9
 """Share of the training from which every product is float32 (TF32 on a GPU)."""
 _SHAPES = list(scenes.Shape)
 _COLOURS = list(scenes.COLOURS)
