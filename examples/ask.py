@@ -1,7 +1,7 @@
 """Asks an OpenAI-compatible server about a picture; needs nothing but Python.
 
 python ask.py http://tiny-shapes.default.svc:8000/v1 tiny-shapes shapes.png \
-    "What is at the bottom right?"
+    "What is in the picture?"
 """
 
 import base64

@@ -18,8 +18,8 @@ from demo import target as targets
 NAMESPACE = "internvl-demo"
 EXAMPLE = targets.ROOT / "examples" / "tiny-shapes.yaml"
 PICTURE = targets.ROOT / "examples" / "shapes.png"
-QUESTION = "What is at the bottom right?"
-ANSWER = "a red triangle"
+QUESTION = "What is in the picture?"
+ANSWER = "a blue square at the top right"
 UPGRADE_ANNOTATION = "serving.internvl.dev/upgrade"
 _READY_SECONDS = 900.0
 _MODEL_CLAIM = "demo-model"
@@ -225,7 +225,7 @@ def _show_answer(answer: dict[str, Any]) -> None:
     if os.environ.get("MODEL"):
         return
     if words != ANSWER:
-        raise steps.ClusterError(f"the answer is wrong: the picture shows {ANSWER} there")
+        raise steps.ClusterError(f"the answer is wrong: the picture shows {ANSWER}")
     steps.console.print("✓ the answer is right", style="green")
 
 

@@ -71,6 +71,9 @@ class Settings(pydantic_settings.BaseSettings):
     max_video_bytes: int = 48 * 2**20
     """Largest video, in bytes."""
 
+    max_videos: int = 4
+    """Videos of one request: each takes a process, and up to `video_seconds`."""
+
     video_frames: int = 8
     """Frames of a video that says no `num_frames`; the model card's default."""
 

@@ -65,9 +65,8 @@ def test_a_streamed_answer_equals_the_reference_token_by_token(client, family, t
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("name", ["tiny-shapes", "tiny-shapes-internlm2"])
-def test_the_bundled_model_answers_right_through_its_service(client, name):
-    client.apply_model("demo", shapes_spec(name))
+def test_the_bundled_model_answers_right_through_its_service(client):
+    client.apply_model("demo", shapes_spec())
     client.wait_until_ready("demo")
 
     asked = list(shape_questions.fresh(60, seed="cluster"))

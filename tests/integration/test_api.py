@@ -262,6 +262,13 @@ def test_detail_and_patch_limits_decide_the_tiles(server):
     assert "max_dynamic_patch is 13" in refused.json()["error"]["message"]
 
 
+def test_too_many_urls_are_refused_before_any_is_fetched(server):
+    urls = [f"http://127.0.0.1:1/{number}.png" for number in range(53)]
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    answer = post(server, **{**ASK, "messages": [{"role": "user", "content": parts}]})
+    assert "53 URLs" in answer.json()["error"]["message"]
+
+
 def test_many_pictures_are_bounded_by_their_tiles(server):
     low = pictures.image_part(PICTURE)
     assert prompt_tokens(server, [low] * 52) > 52 * 256
@@ -315,6 +322,8 @@ def test_a_video_is_one_more_content_part(server):
     # Each frame: 256 tokens between <img> and </img>, and a line that is cut in two.
     assert tokens - without >= 4 * 258
     assert chat(server, messages=[{"role": "user", "content": [part, text]}])
+    many = post(server, **{**ASK, "messages": [{"role": "user", "content": [part] * 5}]})
+    assert "more than 4 videos" in many.json()["error"]["message"]
     part["video_url"]["num_frames"] = 33
     answer = post(server, **{**ASK, "messages": [{"role": "user", "content": [part]}]})
     assert "num_frames is 33; at most 32" in answer.json()["error"]["message"]

@@ -12,10 +12,10 @@ READY_SECONDS = 240
 TINY = {"shape": "tiny", "family": "qwen2", "seed": 5}
 
 
-def shapes_spec(name: str = "tiny-shapes") -> dict[str, Any]:
+def shapes_spec() -> dict[str, Any]:
     """Return the spec of the trained model on a CPU, in bfloat16."""
     return {
-        "model": {"source": {"bundled": {"name": name}}},
+        "model": {"source": {"bundled": {"name": "tiny-shapes"}}},
         "engine": {"dtype": "bfloat16"},
         "cache": {"size": "1Gi"},
     }

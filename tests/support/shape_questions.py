@@ -9,11 +9,10 @@ from internvl_runtime.model import conversation
 from tiny_shapes import questions, scenes
 
 KINDS = {
-    questions.Kind.ONE_MARK: 3, questions.Kind.CORNER: 4, questions.Kind.WHICH_IMAGE: 2,
-    questions.Kind.SECOND_IMAGE: 2, questions.Kind.COLOUR_OF_IT: 1,
-    questions.Kind.OTHER_CORNER: 2, questions.Kind.SYSTEM: 1, questions.Kind.TEXT: 1,
+    questions.Kind.ONE_MARK: 6, questions.Kind.COLOUR_OF_IT: 2, questions.Kind.SYSTEM: 2,
+    questions.Kind.TEXT: 1,
 }  # fmt: skip
-"""How often each kind is asked; without a system turn nothing can be asked over HTTP."""
+"""How often each kind is asked of those that the shipped weights have learned."""
 
 _TWO_PICTURES = {questions.Kind.WHICH_IMAGE, questions.Kind.SECOND_IMAGE}
 
@@ -52,11 +51,6 @@ def blank(question):
     """Return the question about pictures without any mark."""
     empty = tuple(dataclasses.replace(scene, marks=()) for scene in question.pictures)
     return dataclasses.replace(question, pictures=empty)
-
-
-def swapped(question):
-    """Return the question with its pictures in the other order."""
-    return dataclasses.replace(question, pictures=question.pictures[::-1])
 
 
 def without_earlier_turns(question):

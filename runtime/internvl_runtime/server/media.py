@@ -38,6 +38,14 @@ class Loader:
         urls = _web_urls(messages, self._settings)
         if not urls:
             return {}
+        most = self._limits.max_tiles_per_request
+        if len(urls) > most:
+            raise errors.RequestError(
+                f"there are {len(urls)} URLs; at most {most} tiles are accepted in a request: send "
+                "fewer pictures",
+                parameter="messages",
+                code="too_many_tiles",
+            )
         budget = fetch.Budget(self._settings.max_request_bytes)
         at_once = asyncio.Semaphore(_FETCHED_AT_ONCE)
 
@@ -69,6 +77,7 @@ class _Reader:
     settings: settings.Settings
     fetched: Fetched
     opened: list[Opened] = dataclasses.field(default_factory=list)
+    videos: int = 0
 
     def read_message(self, message: schemas.Message) -> conversation.Turn:
         content = message.content or ""
@@ -106,6 +115,12 @@ class _Reader:
         )
 
     def _open_video(self, described: schemas.VideoUrl) -> list[picture.Frame]:
+        self.videos += 1
+        if self.videos > self.settings.max_videos:
+            raise errors.RequestError(
+                f"there are more than {self.settings.max_videos} videos; send fewer in a request",
+                parameter="messages",
+            )
         frames = described.num_frames or self.settings.video_frames
         if frames > self.settings.max_video_frames:
             raise errors.RequestError(
