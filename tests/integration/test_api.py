@@ -195,7 +195,13 @@ def test_completions_of_several_prompts_keep_their_order(server):
 
 @pytest.mark.parametrize(
     ("prompt", "words"),
-    [("", "empty"), ([], "empty"), ([[]], "empty"), ([10**6], "no token id"), (["a"] * 17, "17")],
+    [
+        ("", "empty"),
+        ([], "empty"),
+        ([[]], "empty"),
+        ([10**6], "no token id"),
+        (["a"] * 17, "at most 16"),
+    ],
 )  # fmt: skip
 def test_bad_prompts_are_told(server, prompt, words):
     answer = post(server, "/v1/completions", model="tiny", prompt=prompt)

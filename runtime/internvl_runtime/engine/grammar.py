@@ -36,10 +36,15 @@ class Matcher:
         return bool(self._matcher.is_terminated())
 
     def allowed(self) -> npt.NDArray[np.bool_]:
-        """Return which tokens may come next: [vocabulary]."""
+        """Return which tokens may come next: [vocabulary].
+
+        Raises RequestError when the schema leaves none.
+        """
         self._matcher.fill_next_token_bitmask(self._bitmask)
         words = self._bitmask.numpy().view(np.uint8)
         bits = np.unpackbits(words, bitorder="little")[: self._vocab_size]
+        if not bits.any():
+            raise _unfollowable("nothing fits it")
         return bits.astype(np.bool_)
 
     def accept(self, token_id: int) -> None:
@@ -69,11 +74,7 @@ class Compiler:
             )
         except Exception as e:
             # The package raises C++ errors of its own classes, which it does not list.
-            raise errors.RequestError(
-                f"response_format: the schema can not be followed: {_first_line(e)}; simplify it",
-                parameter="response_format",
-                code="invalid_schema",
-            ) from e
+            raise _unfollowable(_last_line(e)) from e
         return Matcher(xgrammar.GrammarMatcher(compiled), self._vocab_size)
 
     @functools.cached_property
@@ -90,6 +91,14 @@ class Compiler:
         return xgrammar.GrammarCompiler(described, cache_limit_bytes=_COMPILED_BYTES)
 
 
-def _first_line(error: Exception) -> str:
+def _unfollowable(why: str) -> errors.RequestError:
+    return errors.RequestError(
+        f"response_format: the schema can not be followed: {why}; simplify it",
+        parameter="response_format",
+        code="invalid_schema",
+    )
+
+
+def _last_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1][:200] if lines else type(error).__name__

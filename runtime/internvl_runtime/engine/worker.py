@@ -7,6 +7,7 @@ which takes requests from a queue and looks for cancels between steps.
 import argparse
 import asyncio
 import concurrent.futures
+import logging
 import queue
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from internvl_runtime.engine import channel, folder, interface, verification
 from internvl_runtime.engine.pytorch import generator as generators
 from internvl_runtime.model import prompt
 
+logger = logging.getLogger(__name__)
+
 
 class Worker:
     """Answers requests one after the other."""
@@ -26,15 +29,18 @@ class Worker:
         self._generator = generator
         self._send = send
         self._requests: queue.SimpleQueue[channel.Submit | None] = queue.SimpleQueue()
+        self._unfinished: set[str] = set()
         self._cancelled: set[str] = set()
 
     def submit(self, request: channel.Submit) -> None:
         """Queue a request."""
+        self._unfinished.add(request.request_id)
         self._requests.put(request)
 
     def cancel(self, request_id: str) -> None:
-        """Stop a request before its next step."""
-        self._cancelled.add(request_id)
+        """Stop a request before its next step; one that has ended is none."""
+        if request_id in self._unfinished:
+            self._cancelled.add(request_id)
 
     def stop(self) -> None:
         """End `run` behind what was submitted before."""
@@ -44,11 +50,12 @@ class Worker:
         """Answer requests until `stop`; runs in a thread of its own."""
         while (request := self._requests.get()) is not None:
             self._answer(request)
+            self._unfinished.discard(request.request_id)
             self._cancelled.discard(request.request_id)
 
     def _answer(self, submitted: channel.Submit) -> None:
-        tiles = [channel.take(shared) for shared in submitted.tiles]
         try:
+            tiles = [channel.take(shared) for shared in submitted.tiles]
             for step in self._generator.generate(_to_request(submitted), tiles):
                 if submitted.request_id in self._cancelled:
                     self._send(channel.StepResult(submitted.request_id, (), error="cancelled"))
@@ -61,6 +68,10 @@ class Worker:
                     submitted.request_id, (), error=e.message, parameter=e.parameter or ""
                 )
             )
+        except Exception:
+            # One request that the engine can not bear must not end those of others.
+            logger.exception("request %s failed", submitted.request_id)
+            self._send(channel.StepResult(submitted.request_id, (), error="this request failed"))
 
 
 class Send:

@@ -187,8 +187,9 @@ def _system_message(raw: Mapping[str, Any]) -> str | None:
 
 
 def _parse_language(raw: Mapping[str, Any]) -> LanguageConfig:
-    architecture = next(iter(raw.get("architectures") or ()), None)
-    if architecture not in _ARCHITECTURES:
+    architectures = raw.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise _unsupported("llm_config.architectures", " or ".join(_ARCHITECTURES), architecture)
     family = _ARCHITECTURES[architecture]
     fixed = _FIXED_LANGUAGE | ({"bias": _INTERNLM2_BIAS} if family is Family.INTERNLM2 else {})
@@ -219,7 +220,7 @@ def _parse_language(raw: Mapping[str, Any]) -> LanguageConfig:
 def _parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
     _check_fixed(raw, _FIXED_VISION, where="vision_config.")
     norm_type = raw.get("norm_type")
-    if norm_type not in {"layer_norm", "rms_norm"}:
+    if norm_type not in ("layer_norm", "rms_norm"):
         raise _unsupported("vision_config.norm_type", "layer_norm or rms_norm", norm_type)
     vision = VisionConfig(
         hidden_size=_integer(raw, "hidden_size"),
@@ -249,7 +250,7 @@ def _check_rope_scaling(raw: Mapping[str, Any]) -> None:
             if isinstance(scaling, Mapping)
             else scaling
         )
-        if kind not in {"dynamic", "default"}:
+        if kind not in ("dynamic", "default"):
             raise _unsupported(f"llm_config.{key}.type", "dynamic or no scaling", kind)
 
 

@@ -1,5 +1,6 @@
 """How answers are written: OpenAI's response objects, whole and as chunks of a stream."""
 
+import codecs
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from internvl_runtime.server import schemas
 
 Json = dict[str, Any]
 TokenBytes = Callable[[int], bytes]
+_UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,13 @@ class Format(Protocol):
         """Return the `object` of a chunk."""
         ...
 
-    def opening(self, index: int) -> Json | None:
-        """Return the choice that begins a stream, where there is one."""
+    @property
+    def always_opens(self) -> bool:
+        """Whether a stream begins with a choice of its own, also where no ids are asked for."""
+        ...
+
+    def opening(self, index: int) -> Json:
+        """Return the choice that begins a stream."""
         ...
 
     def whole(self, index: int, deltas: Sequence[Delta]) -> Json:
@@ -56,8 +63,9 @@ class ChatFormat:
     token_bytes: TokenBytes
     object_name: str = "chat.completion"
     chunk_name: str = "chat.completion.chunk"
+    always_opens: bool = True
 
-    def opening(self, index: int) -> Json | None:
+    def opening(self, index: int) -> Json:
         """Return the choice that names the role."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -106,15 +114,15 @@ class CompletionFormat:
 
     object_name = "text_completion"
     chunk_name = "text_completion"
+    always_opens = False
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._token_bytes = token_bytes
-        self._offsets: dict[int, int] = {}
+        self._positions: dict[int, tuple[codecs.IncrementalDecoder, int]] = {}
 
-    def opening(self, index: int) -> Json | None:
-        """Return nothing: a completion has no role."""
-        del index
-        return None
+    def opening(self, index: int) -> Json:
+        """Return a choice without text: a completion has no role."""
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": None}
 
     def whole(self, index: int, deltas: Sequence[Delta]) -> Json:
         """Return a text."""
@@ -138,14 +146,19 @@ class CompletionFormat:
         told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for delta in deltas:
             for token_id, entry in zip(delta.token_ids, delta.log_probabilities, strict=False):
-                text = self._text(token_id)
-                offset = self._offsets.get(delta.index, 0)
-                self._offsets[delta.index] = offset + len(text)
-                told["tokens"].append(text)
+                told["tokens"].append(self._text(token_id))
                 told["token_logprobs"].append(entry.chosen)
-                told["top_logprobs"].append({self._text(i): value for i, value in entry.top})
-                told["text_offset"].append(offset)
+                told["text_offset"].append(self._advance(delta.index, token_id))
+                likeliest_last = reversed(entry.top)
+                told["top_logprobs"].append({self._text(i): value for i, value in likeliest_last})
         return told if told["tokens"] else None
+
+    def _advance(self, index: int, token_id: int) -> int:
+        """Return where a token begins, and go behind it; a part of a character has its start."""
+        decoder, offset = self._positions.setdefault(index, (_UTF8(errors="replace"), 0))
+        text = decoder.decode(self._token_bytes(token_id))
+        self._positions[index] = (decoder, offset + len(text))
+        return offset
 
     def _text(self, token_id: int) -> str:
         return self._token_bytes(token_id).decode("utf-8", "replace")
@@ -174,22 +187,25 @@ class Answer:
         for index in range(len(self.requests)):
             own = [delta for delta in deltas if delta.index == index]
             token_ids = [token_id for delta in own for token_id in delta.token_ids]
-            choices.append(self.format.whole(index, own) | self._token_ids(token_ids))
+            ids = self._prompt_token_ids(index) | self._token_ids(token_ids)
+            choices.append(self.format.whole(index, own) | ids)
         completion_tokens = sum(len(delta.token_ids) for delta in deltas)
         return {
             **self._head(self.format.object_name),
             "choices": choices,
             "usage": self.usage(completion_tokens),
-            **self._prompt_token_ids(),
+            **self._first_prompt(0),
         }
 
     def opening_chunks(self) -> list[Json]:
-        """Return the chunks that open a stream: roles, and the prompt's ids once."""
+        """Return the chunks that open a stream: roles, and the ids of each prompt."""
+        if not (self.format.always_opens or self.return_token_ids):
+            return []
         openings = [self.format.opening(index) for index in range(len(self.requests))]
-        chunks = [self._chunk([opening]) for opening in openings if opening]
-        if chunks:
-            chunks[0] |= self._prompt_token_ids()
-        return chunks
+        return [
+            self._chunk([opening | self._prompt_token_ids(index)]) | self._first_prompt(index)
+            for index, opening in enumerate(openings)
+        ]
 
     def chunk(self, delta: Delta) -> Json:
         """Return the chunk of one step."""
@@ -219,7 +235,11 @@ class Answer:
     def _token_ids(self, token_ids: Sequence[int]) -> Json:
         return {"token_ids": list(token_ids)} if self.return_token_ids else {}
 
-    def _prompt_token_ids(self) -> Json:
+    def _first_prompt(self, index: int) -> Json:
+        """Return the ids of a chat's prompt, which all its answers share."""
+        return self._prompt_token_ids(0) if index == 0 else {}
+
+    def _prompt_token_ids(self, index: int) -> Json:
         if not self.return_token_ids:
             return {}
-        return {"prompt_token_ids": list(self.requests[0].prompt.token_ids)}
+        return {"prompt_token_ids": list(self.requests[index].prompt.token_ids)}

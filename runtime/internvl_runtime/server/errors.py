@@ -1,5 +1,9 @@
 """The one place that turns errors into HTTP answers, in OpenAI's format."""
 
+import itertools
+import re
+from typing import Any
+
 import fastapi
 import fastapi.exceptions
 import fastapi.responses
@@ -9,6 +13,8 @@ from internvl_runtime import errors
 
 _UNAVAILABLE = 503
 _SERVER_ERROR = 500
+_UNION_MEMBERS = frozenset({"str", "int", "bool"})
+"""What pydantic puts into a location for the type that it tried."""
 
 
 def describe(error: errors.RuntimeBaseError) -> tuple[int, dict[str, object]]:
@@ -51,11 +57,24 @@ async def _handle_validation(
     del request
     assert isinstance(error, fastapi.exceptions.RequestValidationError)
     first = error.errors()[0]
-    parameter = ".".join(str(part) for part in first["loc"][1:]) or None
+    parameter = _parameter_of(first)
     message = f"{parameter}: {first['msg']}" if parameter else str(first["msg"])
     return fastapi.responses.JSONResponse(
         _body(message, "invalid_request_error", parameter, None), 400
     )
+
+
+def _parameter_of(error: dict[str, Any]) -> str | None:
+    """Return the field that an error is about, without the names of pydantic's validators."""
+    named = (error.get("ctx") or {}).get("parameter")
+    if named:
+        return str(named)
+    if error["type"] == "json_invalid":
+        return None
+    parts = [str(part) for part in error["loc"][1:]]
+    fields = [part for part in parts if re.fullmatch(r"\w+", part) and part not in _UNION_MEMBERS]
+    # The tag of a content part is followed by the field of the same name.
+    return ".".join(name for name, _ in itertools.groupby(fields)) or None
 
 
 async def _handle_http(

@@ -11,6 +11,7 @@ from internvl_runtime.server import asgi
 logger = logging.getLogger(__name__)
 
 _HEADER = b"x-request-id"
+_MOST_LOGGED = 200
 _ACCEPTED = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 current: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
@@ -44,7 +45,8 @@ class RequestIds:
         finally:
             if scope["path"] not in asgi.HEALTH_PATHS:
                 elapsed = time.monotonic() - started
-                logger.info("%s %s %s %.3f s", scope["method"], scope["path"], status, elapsed)
+                path = scope["path"][:_MOST_LOGGED]
+                logger.info("%s %r %s %.3f s", scope["method"], path, status, elapsed)
             current.reset(token)
 
 

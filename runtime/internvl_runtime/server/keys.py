@@ -28,7 +28,7 @@ class ApiKeys:
         self._digests: tuple[bytes, ...] = ()
         try:
             self._reload()
-        except OSError as e:
+        except (OSError, ValueError) as e:
             raise errors.StageError(
                 errors.Reason.INVALID_SPEC,
                 f"the API keys can not be read: {e}",
@@ -45,7 +45,7 @@ class ApiKeys:
         """Whether an Authorization header carries one of the keys."""
         try:
             self._reload()
-        except OSError:
+        except (OSError, ValueError):
             logger.exception("the API keys can not be read; the last ones stay in force")
         if not authorization.lower().startswith(_SCHEME):
             return False

@@ -1,5 +1,6 @@
 """Bounds of a request's body: its bytes before it is read, its depth before it is parsed."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -13,7 +14,9 @@ import starlette.exceptions
 from internvl_runtime.server import asgi
 
 MAX_DEPTH = 64
-_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
+_MAX_PARTS = 200_000
+# A text that never ends is one match up to the end: the scan is linear in any case.
+_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[{]|[\]}]', re.DOTALL)
 
 
 class _BodyTooLargeError(Exception):
@@ -86,22 +89,29 @@ class JsonRoute(fastapi.routing.APIRoute):
 
 class _BoundedRequest(fastapi.Request):
     async def json(self) -> Any:
-        body = await self.body()
-        if depth_of(body) > MAX_DEPTH:
-            raise starlette.exceptions.HTTPException(
-                400, f"the JSON is nested deeper than {MAX_DEPTH} levels; send a flatter one"
-            )
-        return json.loads(body)
+        return await asyncio.to_thread(_parse, await self.body())
 
 
-def depth_of(body: bytes) -> int:
-    """Return how deep the brackets of a JSON text are nested, without parsing it."""
-    depth = deepest = 0
-    for match in _STRING_OR_BRACKET.finditer(body):
+def _parse(body: bytes) -> Any:
+    """Parse a body whose shape is within the limits; raises a 400 for another."""
+    check_shape(body)
+    return json.loads(body)
+
+
+def check_shape(body: bytes) -> None:
+    """Check how deep and how many the brackets of a JSON text are, without parsing it."""
+    depth = 0
+    for count, match in enumerate(_STRING_OR_BRACKET.finditer(body)):
         match match[0][:1]:
             case b"[" | b"{":
                 depth += 1
-                deepest = max(deepest, depth)
             case b"]" | b"}":
                 depth -= 1
-    return deepest
+        if depth > MAX_DEPTH:
+            raise _refused(f"the JSON is nested deeper than {MAX_DEPTH} levels; send a flatter one")
+        if count > _MAX_PARTS:
+            raise _refused(f"the JSON has more than {_MAX_PARTS} texts and brackets; send less")
+
+
+def _refused(message: str) -> starlette.exceptions.HTTPException:
+    return starlette.exceptions.HTTPException(400, message)

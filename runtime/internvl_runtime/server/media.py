@@ -1,8 +1,9 @@
 """Pictures and videos of a request: fetched in the event loop, opened in a thread."""
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
 from internvl_runtime import errors, settings
 from internvl_runtime.engine import interface
@@ -11,8 +12,16 @@ from internvl_runtime.server import schemas
 from internvl_runtime.vision import fetch, picture, sources, video
 
 Opened = picture.Picture | picture.Frame
-Fetched = Mapping[str, bytes]
-"""Bytes by URL, for the URLs that lie in the web."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetched:
+    """What was got in the event loop, for the thread that opens the rest."""
+
+    contents: Mapping[str, bytes]
+    """Bytes by URL, for the URLs that lie in the web."""
+    frames: Mapping[schemas.VideoUrl, list[picture.Frame]]
+
 
 _ROLES = {
     "system": conversation.Role.SYSTEM,
@@ -21,6 +30,9 @@ _ROLES = {
     "assistant": conversation.Role.ASSISTANT,
 }
 _FETCHED_AT_ONCE = 8
+"""URLs of one request."""
+_DECODED_AT_ONCE = 2
+"""Videos of all requests: each has a process of its own."""
 
 
 class Loader:
@@ -32,12 +44,58 @@ class Loader:
         self._fetcher = fetcher
         self._limits = limits
         self._settings = settings
+        self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
 
     async def fetch(self, messages: Sequence[schemas.Message]) -> Fetched:
-        """Fetch what lies in the web, each URL once; raises RequestError when one fails."""
+        """Fetch what lies in the web, each URL once, and decode videos.
+
+        Raises RequestError when something can not be had, or is too much.
+        """
         urls = _web_urls(messages, self._settings)
-        if not urls:
-            return {}
+        self._check_counts(urls, messages)
+        budget = fetch.Budget(self._settings.max_request_bytes)
+        at_once = asyncio.Semaphore(_FETCHED_AT_ONCE)
+
+        async def fetch_one(url: str, max_bytes: int) -> bytes:
+            async with at_once:
+                return await self._fetcher.fetch(url, max_bytes=max_bytes, budget=budget)
+
+        async with _first_error(), asyncio.TaskGroup() as tasks:
+            fetching = {
+                url: tasks.create_task(fetch_one(url, most), name=f"fetch {url[:80]}")
+                for url, most in urls.items()
+            }
+        contents = {url: task.result() for url, task in fetching.items()}
+        frames = {
+            video_url: await self._decode(video_url, contents) for video_url in _videos(messages)
+        }
+        return Fetched(contents, frames)
+
+    async def _decode(
+        self, described: schemas.VideoUrl, contents: Mapping[str, bytes]
+    ) -> list[picture.Frame]:
+        frames = described.num_frames or self._settings.video_frames
+        if frames > self._settings.max_video_frames:
+            raise errors.RequestError(
+                f"video_url.num_frames is {frames}; at most {self._settings.max_video_frames} "
+                "frames are accepted: ask for fewer",
+                parameter="messages",
+            )
+        limits = video.VideoLimits(
+            max_pixels=self._settings.max_image_pixels, seconds=self._settings.video_seconds
+        )
+        data = contents.get(described.url)
+        if data is None:
+            data = await asyncio.to_thread(
+                sources.read_url,
+                described.url,
+                max_bytes=self._settings.max_video_bytes,
+                folder=self._settings.media_folder,
+            )
+        async with self._decoding:
+            return await video.read_frames(data, frames=frames, limits=limits)
+
+    def _check_counts(self, urls: Mapping[str, int], messages: Sequence[schemas.Message]) -> None:
         most = self._limits.max_tiles_per_request
         if len(urls) > most:
             raise errors.RequestError(
@@ -46,20 +104,12 @@ class Loader:
                 parameter="messages",
                 code="too_many_tiles",
             )
-        budget = fetch.Budget(self._settings.max_request_bytes)
-        at_once = asyncio.Semaphore(_FETCHED_AT_ONCE)
-
-        async def fetch_one(url: str, max_bytes: int) -> bytes:
-            async with at_once:
-                return await self._fetcher.fetch(url, max_bytes=max_bytes, budget=budget)
-
-        tasks = [asyncio.create_task(fetch_one(url, most)) for url, most in urls.items()]
-        try:
-            contents = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-        return dict(zip(urls, contents, strict=True))
+        videos = sum(1 for _ in _videos(messages))
+        if videos > self._settings.max_videos:
+            raise errors.RequestError(
+                f"there are more than {self._settings.max_videos} videos; send fewer in a request",
+                parameter="messages",
+            )
 
     def read(
         self, messages: Sequence[schemas.Message], fetched: Fetched
@@ -77,7 +127,6 @@ class _Reader:
     settings: settings.Settings
     fetched: Fetched
     opened: list[Opened] = dataclasses.field(default_factory=list)
-    videos: int = 0
 
     def read_message(self, message: schemas.Message) -> conversation.Turn:
         content = message.content or ""
@@ -91,7 +140,8 @@ class _Reader:
             case schemas.ImagePart():
                 return self._add(self._open_picture(part))
             case schemas.VideoPart():
-                return conversation.Video(tuple(map(self._add, self._open_video(part.video_url))))
+                frames = self.fetched.frames[part.video_url]
+                return conversation.Video(tuple(map(self._add, frames)))
 
     def _add(self, opened: Opened) -> conversation.Image:
         self.opened.append(opened)
@@ -114,29 +164,9 @@ class _Reader:
             max_pixels=self.settings.max_image_pixels,
         )
 
-    def _open_video(self, described: schemas.VideoUrl) -> list[picture.Frame]:
-        self.videos += 1
-        if self.videos > self.settings.max_videos:
-            raise errors.RequestError(
-                f"there are more than {self.settings.max_videos} videos; send fewer in a request",
-                parameter="messages",
-            )
-        frames = described.num_frames or self.settings.video_frames
-        if frames > self.settings.max_video_frames:
-            raise errors.RequestError(
-                f"video_url.num_frames is {frames}; at most {self.settings.max_video_frames} "
-                "frames are accepted: ask for fewer",
-                parameter="messages",
-            )
-        limits = video.VideoLimits(
-            max_pixels=self.settings.max_image_pixels, seconds=self.settings.video_seconds
-        )
-        data = self._bytes_of(described.url, self.settings.max_video_bytes)
-        return video.read_frames(data, frames=frames, limits=limits)
-
     def _bytes_of(self, url: str, max_bytes: int) -> bytes:
-        if url in self.fetched:
-            return self.fetched[url]
+        if url in self.fetched.contents:
+            return self.fetched.contents[url]
         return sources.read_url(url, max_bytes=max_bytes, folder=self.settings.media_folder)
 
 
@@ -153,6 +183,22 @@ def _tile_limit(part: schemas.ImagePart, most: int) -> int:
     if part.image_url.detail == "low":
         return 1
     return wanted or most
+
+
+@contextlib.asynccontextmanager
+async def _first_error() -> AsyncIterator[None]:
+    """Raise the first refusal alone where a group of tasks raises several at once."""
+    try:
+        yield
+    except* errors.RequestError as group:
+        first = group.exceptions[0]
+        raise first from None
+
+
+def _videos(messages: Sequence[schemas.Message]) -> Iterator[schemas.VideoUrl]:
+    for message in messages:
+        parts = message.content if isinstance(message.content, tuple) else ()
+        yield from (part.video_url for part in parts if isinstance(part, schemas.VideoPart))
 
 
 def _web_urls(messages: Sequence[schemas.Message], settings_: settings.Settings) -> dict[str, int]:

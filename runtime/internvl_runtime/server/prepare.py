@@ -42,13 +42,14 @@ class Preparer:
     def prepare_completion(self, body: schemas.CompletionRequest) -> Requests:
         """Return `n` requests for each prompt; raises RequestError for bad input."""
         sampling.check_capabilities(body, self.limits)
-        prompts = [self.expand_text(one) for one in _prompts(body)]
-        if len(prompts) * (body.n or 1) > schemas.MOST_ANSWERS:
+        given = _prompts(body)
+        if len(given) * (body.n or 1) > schemas.MOST_ANSWERS:
             raise errors.RequestError(
-                f"{len(prompts)} prompts with n {body.n or 1} make more than "
+                f"{len(given)} prompts with n {body.n or 1} make more than "
                 f"{schemas.MOST_ANSWERS} answers; send fewer in a request",
                 parameter="prompt",
             )
+        prompts = [self.expand_text(one) for one in given]
         return self._requests(
             body, prompts, [], wanted=body.max_tokens, default=_COMPLETION_TOKENS, prefix="cmpl"
         )

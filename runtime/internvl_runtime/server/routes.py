@@ -3,10 +3,11 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import fastapi
@@ -141,7 +142,7 @@ class Api:
             return expanded
 
     @contextlib.contextmanager
-    def _counted_as_preparing(self) -> Any:
+    def _counted_as_preparing(self) -> Iterator[None]:
         """Count a request as waiting from the beginning; raises RequestError beyond the queue."""
         waiting = self._engine.statistics().requests + self._preparing
         if waiting >= self._admission.max_requests:
@@ -153,7 +154,9 @@ class Api:
             self._preparing -= 1
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, context.run, work)
 
     def _answer(
         self, body: sampling.Fields, model: str, requests: prepare.Requests, form: answers.Format
@@ -172,13 +175,12 @@ class Api:
         unknown = body.unknown_fields()
         if unknown:
             metrics.IGNORED_FIELDS.inc(len(unknown))
-            logger.info("ignored the fields %s", ", ".join(unknown)[:200])
+            logger.info("ignored the fields %r", unknown[:8])
         deltas = self._generate(answer.requests, body.stops)
         if body.stream:
             # The first step decides the status: an error before it is still a plain answer.
             first = await _unless_disconnected(anext(deltas), http)
-            events = streaming.events(answer, deltas, first)
-            return fastapi.responses.StreamingResponse(events, media_type="text/event-stream")
+            return streaming.EventResponse(streaming.events(answer, deltas, first), deltas)
         collected = await _unless_disconnected(_collect(deltas), http)
         return fastapi.responses.JSONResponse(answer.completion(collected))
 

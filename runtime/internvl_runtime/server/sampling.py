@@ -1,7 +1,8 @@
 """From request fields to what an engine samples with, checked against its limits."""
 
 import json
-from collections.abc import Iterator
+import math
+import re
 from typing import Any
 
 from internvl_runtime import errors
@@ -17,11 +18,14 @@ _NEUTRAL: dict[interface.Capability, tuple[object, ...]] = {
     interface.Capability.FREQUENCY_PENALTY: (None, 0),
     interface.Capability.REPETITION_PENALTY: (None, 1),
     interface.Capability.LOGIT_BIAS: (None, {}),
-    interface.Capability.LOG_PROBABILITIES: (None, False),
 }
 """Values that need no capability."""
 _MOST_SCHEMA_CHARACTERS = 64 * 2**10
 _MOST_REPEATS = 1024
+_MOST_NESTED_REPEATS = 2**16
+_MOST_PATTERN_CHARACTERS = 512
+_MOST_GROUPS = 16
+_COUNTS = re.compile(r"\{(?:\d+,)?(\d{1,9})")
 _REPEATS = frozenset({"minItems", "maxItems", "minLength", "maxLength", "minProperties",
                       "maxProperties"})  # fmt: skip
 
@@ -54,6 +58,8 @@ def check_capabilities(body: Fields, limits: interface.EngineLimits) -> None:
     for capability, neutral in _NEUTRAL.items():
         if getattr(body, capability.value) not in neutral:
             _need(capability, limits)
+    if _log_probabilities(body) is not None:
+        _need(interface.Capability.LOG_PROBABILITIES, limits)
     if constraint_of(body) is not None:
         _need(interface.Capability.GUIDED_DECODING, limits)
 
@@ -63,7 +69,7 @@ def constraint_of(body: Fields) -> interface.Constraint | None:
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None
-    if wanted.json_schema is None:
+    if wanted.type == "json_object" or wanted.json_schema is None:
         return interface.Constraint(interface.ConstraintKind.JSON_OBJECT)
     schema = wanted.json_schema.schema_
     text = json.dumps(schema)
@@ -71,9 +77,7 @@ def constraint_of(body: Fields) -> interface.Constraint | None:
         raise _schema_error(
             f"the schema has {len(text)} characters, at most {_MOST_SCHEMA_CHARACTERS} are accepted"
         )
-    for name, value in _repeats(schema):
-        if value > _MOST_REPEATS:
-            raise _schema_error(f"{name} is {value}, at most {_MOST_REPEATS} is accepted")
+    _check_repeats(schema, 1)
     return interface.Constraint(interface.ConstraintKind.JSON_SCHEMA, text)
 
 
@@ -131,16 +135,46 @@ def _need(capability: interface.Capability, limits: interface.EngineLimits) -> N
         )
 
 
-def _repeats(schema: Any) -> Iterator[tuple[str, float]]:
-    """Yield the numbers that a grammar is unrolled by. The body's depth is bounded already."""
-    if isinstance(schema, dict):
-        for name, value in schema.items():
-            if name in _REPEATS and isinstance(value, int | float):
-                yield name, value
-            yield from _repeats(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            yield from _repeats(value)
+def _check_repeats(schema: Any, outer: float) -> None:
+    """Bound the numbers that a grammar is unrolled by, and their product along a path.
+
+    The depth of the body is bounded already.
+    """
+    if isinstance(schema, list):
+        for part in schema:
+            _check_repeats(part, outer)
+    if not isinstance(schema, dict):
+        return
+    own = [
+        (name, value)
+        for name, value in schema.items()
+        if name in _REPEATS and isinstance(value, int | float)
+    ]
+    for name, value in own:
+        if value > _MOST_REPEATS:
+            raise _schema_error(f"{name} is {value}, at most {_MOST_REPEATS} is accepted")
+    if isinstance(schema.get("pattern"), str):
+        outer *= _check_pattern(schema["pattern"])
+    inner = outer * max([1, *(value for _, value in own)])
+    if inner > _MOST_NESTED_REPEATS:
+        raise _schema_error(
+            f"repetitions inside of repetitions make {inner:g}, at most {_MOST_NESTED_REPEATS} "
+            "are accepted"
+        )
+    for part in schema.values():
+        _check_repeats(part, inner)
+
+
+def _check_pattern(pattern: str) -> int:
+    """Bound a regular expression; returns the product of its repetition counts."""
+    product = math.prod(int(count) or 1 for count in _COUNTS.findall(pattern))
+    groups = pattern.count("(")
+    if len(pattern) > _MOST_PATTERN_CHARACTERS or groups > _MOST_GROUPS:
+        raise _schema_error(
+            f"a pattern has {len(pattern)} characters and {groups} groups, at most "
+            f"{_MOST_PATTERN_CHARACTERS} and {_MOST_GROUPS} are accepted"
+        )
+    return product
 
 
 def _schema_error(message: str) -> errors.RequestError:

@@ -9,6 +9,7 @@ ones that would change the answer and are not offered are refused by name.
 from typing import Annotated, Any, Literal
 
 import pydantic
+import pydantic_core
 
 _NOT_OFFERED: dict[str, tuple[object, ...]] = {
     "tools": (None, []),
@@ -37,6 +38,9 @@ _MOST_STOP_CHARACTERS = 256
 _MOST_TOP_CHAT = 20
 _MOST_TOP_COMPLETION = 5
 _MOST_BIASED = 1024
+_MOST_PARTS = 1024
+_MOST_MESSAGES = 4096
+_MOST_PROMPT_IDS = 40_000
 
 
 def _refuse_lone_surrogates(text: str) -> str:
@@ -51,6 +55,22 @@ Text = Annotated[str, pydantic.AfterValidator(_refuse_lone_surrogates)]
 _StopText = Annotated[Text, pydantic.Field(min_length=1, max_length=_MOST_STOP_CHARACTERS)]
 _TokenId = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
 _TileLimit = Annotated[int, pydantic.Field(ge=1, le=1024)]
+
+
+def _wrong(parameter: str, message: str) -> pydantic_core.PydanticCustomError:
+    """Return the error of one field, where the check looks at several."""
+    return pydantic_core.PydanticCustomError("field", message, {"parameter": parameter})
+
+
+def _at_most(count: int) -> pydantic.BeforeValidator:
+    """Refuse a longer list before its items are looked at: each would make an error of its own."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(value) > count:
+            raise ValueError(f"the list has {len(value)} items, at most {count} are accepted")
+        return value
+
+    return pydantic.BeforeValidator(check)
 
 
 class _Body(pydantic.BaseModel):
@@ -110,7 +130,11 @@ class Message(_Body):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | tuple[ContentPart, ...] | None = None
+    content: Text | Annotated[tuple[ContentPart, ...], _at_most(_MOST_PARTS)] | None = None
+
+
+_Messages = Annotated[tuple[Message, ...], pydantic.Field(min_length=1), _at_most(_MOST_MESSAGES)]
+_PromptIds = Annotated[tuple[_TokenId, ...], _at_most(_MOST_PROMPT_IDS)]
 
 
 class StreamOptions(_Body):
@@ -123,7 +147,7 @@ class JsonSchema(_Body):
     """A schema that the answer follows."""
 
     name: Text | None = None
-    schema_: Annotated[dict[str, Any] | bool, pydantic.Field(alias="schema")]
+    schema_: Annotated[dict[str, Any] | bool, pydantic.Field(alias="schema")] = True
 
 
 class ResponseFormat(_Body):
@@ -160,7 +184,7 @@ class SamplingFields(_Body):
     seed: Annotated[int, pydantic.Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, pydantic.Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, pydantic.Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, pydantic.Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, pydantic.Field(ge=0.01, le=10)] | None = None
     logit_bias: (
         Annotated[
             dict[
@@ -174,7 +198,7 @@ class SamplingFields(_Body):
     """Token ids, written as texts, and what is added to their logits."""
     response_format: ResponseFormat | None = None
     ignore_eos: bool = False
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
 
@@ -183,7 +207,7 @@ class SamplingFields(_Body):
         """Refuse fields that would change the answer and have no effect here."""
         for name, harmless in _NOT_OFFERED.items():
             if (self.model_extra or {}).get(name) not in harmless:
-                raise ValueError(f"{name} is not offered by this server; leave it out")
+                raise _wrong(name, "is not offered by this server; leave it out")
         return self
 
     @property
@@ -199,7 +223,7 @@ class SamplingFields(_Body):
 class ChatCompletionRequest(SamplingFields):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[tuple[Message, ...], pydantic.Field(min_length=1)]
+    messages: _Messages
     max_completion_tokens: Annotated[int, pydantic.Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, pydantic.Field(ge=0, le=_MOST_TOP_CHAT)] | None = None
@@ -208,15 +232,30 @@ class ChatCompletionRequest(SamplingFields):
     def need_logprobs(self) -> "ChatCompletionRequest":
         """Refuse `top_logprobs` without `logprobs`, as OpenAI does."""
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise _wrong("top_logprobs", "needs logprobs: true")
         return self
 
 
 class CompletionRequest(SamplingFields):
     """The body of `POST /v1/completions`."""
 
-    prompt: Text | tuple[Text, ...] | tuple[_TokenId, ...] | tuple[tuple[_TokenId, ...], ...]
+    prompt: (
+        Text
+        | Annotated[tuple[Text, ...], _at_most(MOST_ANSWERS)]
+        | _PromptIds
+        | Annotated[tuple[_PromptIds, ...], _at_most(MOST_ANSWERS)]
+    )
     """Texts are encoded as they are; token ids are taken as they are."""
+
+    @pydantic.field_validator("prompt", mode="before")
+    @classmethod
+    def bound_prompts(cls, value: Any) -> Any:
+        """Refuse too many prompts by their number, before the union tries them as ids."""
+        is_several = isinstance(value, list) and value and not isinstance(value[0], int)
+        if is_several and len(value) > MOST_ANSWERS:
+            raise ValueError(f"there are {len(value)} prompts, at most {MOST_ANSWERS} are accepted")
+        return value
+
     logprobs: Annotated[int, pydantic.Field(ge=0, le=_MOST_TOP_COMPLETION)] | None = None
 
 
@@ -225,7 +264,7 @@ class TokenizeRequest(_Body):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[tuple[Message, ...], pydantic.Field(min_length=1)] | None = None
+    messages: _Messages | None = None
     add_special_tokens: bool = True
     """Whether a prompt gets what the family puts in front: BOS for InternLM2."""
 

@@ -4,13 +4,15 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
+
+import fastapi.responses
 
 from internvl_runtime import errors, metrics
 from internvl_runtime.engine import interface
 from internvl_runtime.model import tokenizer
-from internvl_runtime.server import answers, stops
+from internvl_runtime.server import answers, asgi, stops
 from internvl_runtime.server import errors as http_errors
 
 _DONE = "data: [DONE]\n\n"
@@ -41,16 +43,16 @@ async def generate(
         metrics.PROMPT_TOKENS.inc(answers.count_prompt_tokens(requests))
         while running:
             step = await steps.get()
-            choice_ = running.get(step.request_id)
-            if choice_ is None:
+            current = running.get(step.request_id)
+            if current is None:
                 continue
             if step.error is not None:
-                choice_.reason = "error"
+                current.reason = "error"
                 raise step.error
-            delta = choice_.take(step)
+            delta = current.take(step)
             if delta.finish_reason:
                 del running[step.request_id]
-                choice_.leave()
+                current.leave()
                 if not step.is_last:
                     engine.cancel(step.request_id)
             yield delta
@@ -108,7 +110,7 @@ class _Choice:
 
 async def events(
     answer: answers.Answer, deltas: AsyncGenerator[answers.Delta, None], first: answers.Delta
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """Yield the server-sent events of a stream whose first delta is already there.
 
     An error on the way is told as an event, behind the usage so far; the
@@ -129,6 +131,24 @@ async def events(
     if answer.stream_usage:
         yield _event(answer.usage_chunk(completion_tokens))
     yield _event(http_errors.describe(failure)[1]) if failure else _DONE
+
+
+class EventResponse(fastapi.responses.StreamingResponse):
+    """A stream of events that ends the work behind it, however it ends itself."""
+
+    def __init__(
+        self, events: AsyncGenerator[str, None], deltas: AsyncGenerator[answers.Delta, None]
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._sources = (events, deltas)
+
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        """Send the events; a client that goes away cancels its request at once."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for source in self._sources:
+                await source.aclose()
 
 
 def _event(body: dict[str, Any]) -> str:

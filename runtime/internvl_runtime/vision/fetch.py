@@ -25,14 +25,25 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _METADATA = frozenset(
     map(
         ipaddress.ip_address,
-        # AWS, GCP, Azure and others; AWS over IPv6; ECS and EKS; Alibaba; Azure's wire server.
+        # AWS, GCP, Azure and others; AWS over IPv6; ECS and EKS; Alibaba; Azure's wire server;
+        # Oracle.
         ("169.254.169.254", "fd00:ec2::254", "169.254.170.2", "169.254.170.23",
-         "100.100.100.200", "168.63.129.16"),
+         "100.100.100.200", "168.63.129.16", "192.0.0.192"),
     )
 )  # fmt: skip
 """Addresses that hand out credentials: never fetched, whatever is allowed."""
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        # Local NAT64, old site-local, old IPv4-compatible: `is_global` of Python 3.11 lets them by.
+        ("64:ff9b:1::/48", "fec0::/10", "::/96"),
+    )
+)
+_METADATA_HOSTS = ("metadata.google.internal", "metadata.goog", "metadata", "instance-data")
+_MOST_CONNECTIONS = 256
+_CONNECTION_ERRORS = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _OK = 200
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -78,11 +89,13 @@ class Fetcher:
         tls = ssl.create_default_context()
         if policy.proxy:
             self._pool: httpcore.AsyncConnectionPool = httpcore.AsyncHTTPProxy(
-                proxy_url=policy.proxy, ssl_context=tls
+                proxy_url=policy.proxy, ssl_context=tls, max_connections=_MOST_CONNECTIONS
             )
         else:
             self._pool = httpcore.AsyncConnectionPool(
-                ssl_context=tls, network_backend=_CheckedBackend(policy)
+                ssl_context=tls,
+                network_backend=_CheckedBackend(policy),
+                max_connections=_MOST_CONNECTIONS,
             )
 
     async def fetch(self, url: str, *, max_bytes: int, budget: Budget) -> bytes:
@@ -96,7 +109,7 @@ class Fetcher:
                 return await self._follow(url, max_bytes=max_bytes, budget=budget)
         except TimeoutError as e:
             raise _failed(f"no answer within {self._policy.seconds:g} s") from e
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as e:
+        except (*_CONNECTION_ERRORS, httpcore.ProxyError) as e:
             raise _failed("the connection failed") from e
         except OSError as e:
             raise _failed("the host can not be reached") from e
@@ -115,7 +128,7 @@ class Fetcher:
                 location = _header(response, b"location")
             if not location:
                 raise _failed("a redirect leads nowhere")
-            url = urllib.parse.urljoin(url, location)
+            url = _join(url, location)
         raise _failed(f"there are more than {self._policy.max_redirects} redirects")
 
 
@@ -154,6 +167,8 @@ def check_url(url: str, policy: FetchPolicy) -> Target:
         raise _failed("it is no http or https URL") from e
     if not host:
         raise _failed("it names no host")
+    if host.lower() in _METADATA_HOSTS:
+        raise _forbidden("metadata addresses are never fetched")
     if policy.allowed_hosts and not _matches(host, policy.allowed_hosts):
         raise _forbidden(f"the host {host} is not one of the allowed ones")
     address = _literal(host)
@@ -170,6 +185,7 @@ def check_address(address: _Address, *, host: str, policy: FetchPolicy) -> None:
         if reached in _METADATA:
             raise _forbidden("metadata addresses are never fetched")
         is_public = reached.is_global and not reached.is_multicast
+        is_public = is_public and not any(reached in network for network in _NOT_PUBLIC)
         if not is_public and not _matches(host, policy.private_hosts):
             raise _forbidden(f"the address of {host} is not public, and the host is not allowed")
 
@@ -244,6 +260,13 @@ async def _read(response: httpcore.Response, *, max_bytes: int, budget: Budget) 
             raise sources.too_large(max_bytes)
         budget.take(len(chunk))
     return bytes(content)
+
+
+def _join(url: str, location: str) -> str:
+    try:
+        return urllib.parse.urljoin(url, location)
+    except ValueError as e:
+        raise _failed("a redirect leads to what is no URL") from e
 
 
 def _header(response: httpcore.Response, name: bytes) -> str:

@@ -5,7 +5,6 @@ import hashlib
 
 import numpy as np
 import numpy.typing as npt
-import PIL.Image
 
 from internvl_runtime.vision import decode, grid, tiles
 
@@ -19,13 +18,21 @@ class Picture:
     width: int
     height: int
     grid: grid.Grid
-    size: int
-    """Bytes held until the picture is answered."""
-    _opened: PIL.Image.Image = dataclasses.field(repr=False, compare=False)
+    data: bytes = dataclasses.field(repr=False, compare=False)
+    max_pixels: int
+
+    @property
+    def size(self) -> int:
+        """Bytes held until the picture is answered."""
+        return len(self.data)
 
     def load(self) -> npt.NDArray[np.uint8]:
-        """Decode and cut: uint8 [N, 448, 448, 3]. Raises RequestError for broken data."""
-        return tiles.cut_tiles(decode.decode_rgb(self._opened), self.grid)
+        """Decode and cut: uint8 [N, 448, 448, 3]. Raises RequestError for broken data.
+
+        The pixels are gone when this returns: a request holds its pictures as files.
+        """
+        with decode.open_picture(self.data, max_pixels=self.max_pixels) as opened:
+            return tiles.cut_tiles(decode.decode_rgb(opened), self.grid)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,14 +61,15 @@ class Frame:
 
 def open_picture(data: bytes, *, max_tiles: int, max_pixels: int) -> Picture:
     """Open a picture and choose its grid. Raises RequestError when it is none or too large."""
-    opened = decode.open_picture(data, max_pixels=max_pixels)
+    with decode.open_picture(data, max_pixels=max_pixels) as opened:
+        width, height = opened.size
     return Picture(
         content_hash=hashlib.sha256(b"%d:" % max_tiles + data).hexdigest(),
-        width=opened.width,
-        height=opened.height,
-        grid=grid.choose_grid(opened.width, opened.height, max_tiles=max_tiles),
-        size=len(data),
-        _opened=opened,
+        width=width,
+        height=height,
+        grid=grid.choose_grid(width, height, max_tiles=max_tiles),
+        data=data,
+        max_pixels=max_pixels,
     )
 
 

@@ -6,6 +6,7 @@ end is at worst the end of one request.
 """
 
 import argparse
+import asyncio
 import dataclasses
 import io
 import json
@@ -50,26 +51,31 @@ def frame_indices(count: int, frames: int) -> list[int]:
     return [int(segment / 2 + round(segment * number)) for number in range(frames)]
 
 
-def read_frames(data: bytes, *, frames: int, limits: VideoLimits) -> list[picture.Frame]:
+async def read_frames(data: bytes, *, frames: int, limits: VideoLimits) -> list[picture.Frame]:
     """Return that many frames of a video, one tile each.
 
-    Raises RequestError when the bytes are no video, or decoding takes too much.
+    Raises RequestError when the bytes are no video, or decoding takes too
+    much. A cancelled call ends the process.
     """
-    command = [
+    process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "internvl_runtime.vision.video", f"--frames={frames}",
         f"--max-pixels={limits.max_pixels}", f"--seconds={limits.seconds}",
-    ]  # fmt: skip
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     try:
-        done = subprocess.run(  # noqa: S603 - our own module, numbers alone
-            command, input=data, capture_output=True, timeout=limits.seconds, check=False
-        )
-    except subprocess.TimeoutExpired as e:
+        async with asyncio.timeout(limits.seconds):
+            output, told = await process.communicate(data)
+    except TimeoutError as e:
         raise _refused(f"decoding takes longer than {limits.seconds:g} s") from e
-    if done.returncode == _EXIT_REFUSED:
-        raise _refused(done.stderr.decode("utf-8", "replace").strip())
-    if done.returncode:
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode == _EXIT_REFUSED:
+        raise _refused(told.decode("utf-8", "replace").strip())
+    if process.returncode:
         raise _refused("it can not be decoded within the limits of memory and time")
-    head, _, body = done.stdout.partition(b"\n")
+    head, _, body = output.partition(b"\n")
     width, height = json.loads(head)
     decoded = np.frombuffer(body, np.uint8).reshape(-1, config.TILE_SIZE, config.TILE_SIZE, 3)
     return [picture.frame_of(tile, width=width, height=height) for tile in decoded]

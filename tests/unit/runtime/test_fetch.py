@@ -123,6 +123,7 @@ BROKEN = [
     (b"nonsense\r\n\r\n", "connection failed"),
     (b"", "connection failed"),
     (b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n", "leads nowhere"),
+    (to("http://[bad"), "what is no URL"),
     (b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\nshort", "connection failed"),
 ]
 
@@ -139,7 +140,8 @@ FORBIDDEN = [
     "http://172.16.0.1/", "http://100.64.0.1/", "http://0.0.0.0/", "http://[::1]/",
     "http://[fe80::1]/", "http://[fd00::1]/", "http://[::ffff:10.0.0.1]/",
     "http://[64:ff9b::a00:1]/", "http://[2002:a00:1::]/", "http://224.0.0.1/",
-    "http://255.255.255.255/",
+    "http://255.255.255.255/", "http://[64:ff9b:1::a9fe:a9fe]/", "http://[fec0::1]/",
+    "http://[::7f00:1]/",
 ]  # fmt: skip
 
 
@@ -150,8 +152,10 @@ async def test_addresses_that_are_not_public_are_refused(url):
 
 
 @pytest.mark.parametrize(
-    "host", ["169.254.169.254", "[::ffff:169.254.169.254]", "100.100.100.200", "[fd00:ec2::254]"]
-)
+    "host",
+    ["169.254.169.254", "[::ffff:169.254.169.254]", "100.100.100.200", "[fd00:ec2::254]",
+     "192.0.0.192", "metadata.google.internal"],
+)  # fmt: skip
 async def test_metadata_addresses_are_refused_even_when_allowed(host):
     with pytest.raises(errors.RequestError, match="metadata"):
         await get(f"http://{host}/", private_hosts=(host.strip("[]"), host))
@@ -201,6 +205,12 @@ async def test_a_proxy_gets_the_request_but_not_for_forbidden_names():
         with pytest.raises(errors.RequestError, match="not public"):
             await get("http://10.0.0.1/", proxy=proxy)
     assert asked[0].startswith("GET http://example.com:80/a.png ")
+
+
+async def test_a_proxy_that_refuses_is_told():
+    async with web(lambda _: b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n") as (port, _):
+        with pytest.raises(errors.RequestError, match="connection failed"):
+            await get("https://example.com/a.png", proxy=f"http://127.0.0.1:{port}")
 
 
 def test_an_address_inside_an_address_is_seen():

@@ -3,23 +3,29 @@
 import asyncio
 
 import pytest
+import starlette.exceptions
 from internvl_runtime import errors
 from internvl_runtime.server import drain, keys, limits
 
-DEPTHS = [
-    (b"{}", 1),
-    (b'{"a": [[1], {"b": []}]}', 4),
-    (b'"[[[["', 0),
-    (b'{"a": "\\"[[["}', 1),
-    (b"[" * 100_000, 100_000),
-    (b'"' + b"a" * 10_000_000 + b'"', 0),
-    (b'"unfinished [', 1),
-]
+FINE = [
+    b"{}", b'{"a": [[1], {"b": []}]}', b'"[[[["' * 100, b'{"a": "\\"' + b"[" * 100 + b'"}',
+    b"[" * 64 + b"]" * 64, b'"' + b"a" * 10_000_000 + b'"', b'"' + b"[" * 100,
+    b'"' + b'\\"' * 1_000_000,
+]  # fmt: skip
+REFUSED = [(b"[" * 65, "deeper than 64"), (b"[[]," * 50_001, "deeper than 64"),
+           (b"[" + b"[]," * 200_000, "more than 200000")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("body", "depth"), DEPTHS, ids=lambda v: str(v)[:20])
-def test_depth_is_counted_outside_of_strings(body, depth):
-    assert limits.depth_of(body) == depth
+@pytest.mark.parametrize("body", FINE, ids=lambda body: repr(body[:12]))
+def test_brackets_in_texts_do_not_count_and_no_text_takes_long(body):
+    limits.check_shape(body)
+
+
+@pytest.mark.parametrize(("body", "words"), REFUSED, ids=lambda value: repr(value[:14]))
+def test_depth_and_number_of_brackets_are_bounded(body, words):
+    with pytest.raises(starlette.exceptions.HTTPException) as caught:
+        limits.check_shape(body)
+    assert words in caught.value.detail
 
 
 @pytest.fixture
@@ -51,6 +57,12 @@ def test_a_file_that_is_gone_leaves_the_last_keys_in_force(key_file):
     key_file.unlink()
     assert known.accepts("Bearer alpha")
     assert not known.accepts("Bearer other")
+
+
+def test_a_file_that_is_no_text_leaves_the_last_keys_in_force(key_file):
+    known = keys.ApiKeys(key_file)
+    key_file.write_bytes(b"\xff\xfe")
+    assert known.accepts("Bearer alpha")
 
 
 @pytest.mark.parametrize("content", [None, "", "# nothing\n"])

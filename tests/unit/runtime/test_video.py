@@ -32,8 +32,8 @@ def test_segments_are_sampled_as_on_the_model_card(count, frames, expected):
 @pytest.mark.parametrize(
     ("codec", "kind"), [("libx264", "mp4"), ("libvpx", "webm"), ("mpeg4", "avi")]
 )
-def test_frames_are_those_of_the_segments(codec, kind):
-    shown = video.read_frames(film(17, codec=codec, kind=kind), frames=8, limits=LIMITS)
+async def test_frames_are_those_of_the_segments(codec, kind):
+    shown = await video.read_frames(film(17, codec=codec, kind=kind), frames=8, limits=LIMITS)
 
     means = [frame.load().mean() for frame in shown]
     assert [frame.load().shape for frame in shown] == [(1, 448, 448, 3)] * 8
@@ -41,11 +41,11 @@ def test_frames_are_those_of_the_segments(codec, kind):
     assert (shown[0].width, shown[0].height, shown[0].grid.tiles) == (64, 48, 1)
 
 
-def test_a_frames_tile_is_that_of_its_picture():
+async def test_a_frames_tile_is_that_of_its_picture():
     content = film(3)
     with av.open(io.BytesIO(content)) as container:
         first = next(container.decode(video=0)).to_image()
-    (shown,) = video.read_frames(content, frames=1, limits=LIMITS)[:1]
+    (shown,) = await video.read_frames(content, frames=1, limits=LIMITS)
     with av.open(io.BytesIO(content)) as container:
         pictures = [frame.to_image() for frame in container.decode(video=0)]
     assert isinstance(first, PIL.Image.Image)
@@ -57,18 +57,18 @@ def test_a_frames_tile_is_that_of_its_picture():
     [b"", b"hello", film(5)[:400], b"#EXTM3U\nhttp://127.0.0.1/x.ts\n", b"ffconcat version 1.0\n"],
     ids=["nothing", "text", "cut short", "playlist", "concatenation"],
 )
-def test_what_is_no_video_is_refused(content):
+async def test_what_is_no_video_is_refused(content):
     with pytest.raises(errors.RequestError, match="video:"):
-        video.read_frames(content, frames=2, limits=LIMITS)
+        await video.read_frames(content, frames=2, limits=LIMITS)
 
 
-def test_too_large_frames_are_refused_by_their_number():
+async def test_too_large_frames_are_refused_by_their_number():
     limits = video.VideoLimits(max_pixels=1000, seconds=30.0)
     with pytest.raises(errors.RequestError, match=r"64 x 48 pixels, at most 1000"):
-        video.read_frames(film(2), frames=1, limits=limits)
+        await video.read_frames(film(2), frames=1, limits=limits)
 
 
-def test_decoding_that_takes_too_long_is_ended():
+async def test_decoding_that_takes_too_long_is_ended():
     limits = video.VideoLimits(max_pixels=10**6, seconds=0.01)
     with pytest.raises(errors.RequestError, match="longer than"):
-        video.read_frames(film(2), frames=1, limits=limits)
+        await video.read_frames(film(2), frames=1, limits=limits)

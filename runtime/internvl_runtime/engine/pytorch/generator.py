@@ -62,6 +62,7 @@ class Generator:
         request: interface.GenerationRequest,
         tiles: Sequence[npt.NDArray[np.uint8]],
     ) -> Iterator[Generated | None]:
+        yield None
         chooser = _Chooser(request, self._grammars)
         token_ids = request.prompt.token_ids
         budget = min(request.sampling.max_tokens, self.limits.max_sequence_tokens - len(token_ids))
