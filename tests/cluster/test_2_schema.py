@@ -4,10 +4,7 @@ import pytest
 from cluster_client import tiny_spec
 from local_cluster import steps
 
-EITHER = (
-    "exactly one of spec.model.source.synthetic and spec.model.source.persistentVolumeClaim "
-    "must be set"
-)
+EITHER = "exactly one of spec.model.source.bundled, synthetic and persistentVolumeClaim must be set"
 TINY = {"shape": "tiny", "family": "qwen2"}
 REFUSED = {
     "no source": ("demo", {"model": {"source": {}}}, EITHER),
