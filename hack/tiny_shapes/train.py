@@ -14,7 +14,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -53,6 +53,13 @@ _SEVERAL = {
 }  # fmt: skip
 """How often each kind is asked about pictures of several tiles."""
 _IGNORED = -100
+_CELLS = 16
+"""Image tokens of a tile, in each direction."""
+_TAUGHT_LAYERS = 2
+"""Layers of the language model behind which an image token's place is to be known."""
+_TAUGHT_SHARE = 0.5
+_TAUGHT_UNTIL = 0.8
+"""Weight of that in the loss, and the share of the training in which it counts."""
 _TOWER_SHARE = 0.3
 """Learning rate of the tower, which has been taught before, relative to the language model's."""
 _FLOAT32_FROM = 0.9
@@ -92,20 +99,27 @@ class Trainee(torch.nn.Module):
 
     def forward(
         self, token_ids: torch.Tensor, tiles: torch.Tensor, context_id: int
-    ) -> torch.Tensor:
-        """Return logits [B, T, vocabulary] of token ids [B, T] and uint8 tiles [N, 448, 448, 3]."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits [B, T, vocabulary] of token ids [B, T] and uint8 tiles [N, 448, 448, 3].
+
+        And what the language model knows of each image token behind its first
+        layers: [image tokens, hidden].
+        """
         every = self.tensors
         is_qwen = self.model.language.family is config.Family.QWEN2
         names = ("embed_tokens", "lm_head") if is_qwen else ("tok_embeddings", "output")
         hidden = F.embedding(token_ids, every[f"language_model.model.{names[0]}.weight"])
+        is_image = token_ids == context_id
         if len(tiles):
             features = self.encode(tiles).flatten(0, 1).to(hidden.dtype)
-            hidden = hidden.masked_scatter((token_ids == context_id).unsqueeze(-1), features)
+            hidden = hidden.masked_scatter(is_image.unsqueeze(-1), features)
         for layer in range(self.model.language.num_hidden_layers):
+            if layer == _TAUGHT_LAYERS:
+                known = hidden[is_image]
             hidden = self._layer(hidden, every, f"language_model.model.layers.{layer}.")
         eps = self.model.language.rms_norm_eps
         hidden = towers.rms_norm(hidden, every["language_model.model.norm.weight"], eps)
-        return F.linear(hidden, every[f"language_model.{names[1]}.weight"])
+        return F.linear(hidden, every[f"language_model.{names[1]}.weight"]), known
 
     def load(self, folder: Path) -> None:
         """Take over the weights of a folder that `save` wrote."""
@@ -216,6 +230,8 @@ class Batch:
     token_ids: torch.Tensor
     labels: torch.Tensor
     tiles: torch.Tensor
+    places: torch.Tensor
+    """Of each image token: right half, lower half, second picture: [image tokens, 3]."""
     kinds: list[questions.Kind]
     is_several: bool
     """Whether pictures have several tiles."""
@@ -256,6 +272,7 @@ class Batches:
             token_ids.to(self._device),
             labels.to(self._device),
             draw_tiles(pictures, self._device),
+            label_places(asked, self._device),
             [question.kind for question in asked],
             is_several=any(scene.tiles > 1 for scene in pictures),
         )
@@ -369,11 +386,51 @@ def label_cells(pictures: Sequence[scenes.Scene], device: str) -> torch.Tensor:
     return cut.reshape(len(pictures), rows * columns, cells * cells, 2)
 
 
+def label_places(asked: Sequence[questions.Question], device: str) -> torch.Tensor:
+    """Return where each image token lies: right half, lower half, second picture: [..., 3]."""
+    pictures = [
+        (scene, number) for question in asked for number, scene in enumerate(question.pictures)
+    ]
+    if not pictures:
+        return torch.empty(0, 3, device=device)
+    halves = torch.cat(list(_halves(pictures[0][0])))
+    numbers = torch.tensor([float(number) for _, number in pictures]).view(-1, 1, 1)
+    every = halves.unsqueeze(0).expand(len(pictures), -1, -1)
+    labelled = torch.cat([every, numbers.expand(-1, len(halves), 1)], dim=2)
+    return labelled.flatten(0, 1).to(device)
+
+
+def _halves(scene: scenes.Scene) -> Iterator[torch.Tensor]:
+    """Yield for each tile whether its cells lie right and below: [256, 2]."""
+    cells = torch.arange(_CELLS) + 0.5
+    grids = [(c, r, scene.columns, scene.rows) for r in range(scene.rows)
+             for c in range(scene.columns)]  # fmt: skip
+    for column, row, columns, rows in [*grids, *([(0, 0, 1, 1)] if len(grids) > 1 else [])]:
+        right = (column * _CELLS + cells) / (columns * _CELLS) > 0.5  # noqa: PLR2004
+        below = (row * _CELLS + cells) / (rows * _CELLS) > 0.5  # noqa: PLR2004
+        down, across = torch.meshgrid(below.float(), right.float(), indexing="ij")
+        yield torch.stack([across.flatten(), down.flatten()], dim=1)
+
+
+class PlaceHead(torch.nn.Module):
+    """Tells from an image token where it lies: a teacher, dropped in the end."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.place = torch.nn.Linear(hidden, 3)
+
+    def forward(self, known: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Return the loss of what is known [..., hidden] for places [..., 3]."""
+        told = self.place(known.float())[..., : places.shape[-1]]
+        return F.binary_cross_entropy_with_logits(told, places)
+
+
 class CellHead(torch.nn.Module):
     """Tells shape and colour from an image token: a teacher of the tower, dropped in the end."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
+        self.place = PlaceHead(hidden)
         self.shape = torch.nn.Linear(hidden, len(_SHAPES) + 1)
         self.colour = torch.nn.Linear(hidden, len(_COLOURS) + 1)
 
@@ -385,13 +442,19 @@ class CellHead(torch.nn.Module):
                                 weight)  # fmt: skip
         colour = F.cross_entropy(self.colour(features).flatten(0, -2), labels[..., 1].flatten(),
                                  weight)  # fmt: skip
-        return shape + colour
+        place: torch.Tensor = self.place(features, _halves_of_one_tile(features))
+        return shape + colour + place
 
     def accuracy(self, features: torch.Tensor, labels: torch.Tensor) -> float:
         """Return how many of the marked cells are told right."""
         marked = labels[..., 0] > 0
         right = self.shape(features).argmax(-1) == labels[..., 0]
         return float(right[marked].float().mean())
+
+
+def _halves_of_one_tile(features: torch.Tensor) -> torch.Tensor:
+    halves: torch.Tensor = next(_halves(scenes.Scene(1, 1, 0, ())))
+    return halves.to(features.device).expand(*features.shape[:-1], 2)
 
 
 def teach_tower(
@@ -437,8 +500,10 @@ def train(
          if name.startswith("language_model") is is_language]
         for is_language in (True, False)
     )  # fmt: skip
+    head = PlaceHead(trainee.model.language.hidden_size).to(device)
     optimizer = torch.optim.AdamW(
-        [{"params": language, "share": 1.0}, {"params": tower, "share": _TOWER_SHARE}],
+        [{"params": [*language, *head.parameters()], "share": 1.0},
+         {"params": tower, "share": _TOWER_SHARE}],
         lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=device == "cuda",
     )  # fmt: skip
     started, step = time.monotonic(), 0
@@ -452,8 +517,12 @@ def train(
         batch = batches.draw()
         is_rough = device == "cuda" and progress < _FLOAT32_FROM
         with torch.autocast(device, torch.bfloat16, enabled=is_rough):
-            logits = trainee(batch.token_ids, batch.tiles, context_id).float()
+            logits, known = trainee(batch.token_ids, batch.tiles, context_id)
+        logits = logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=_IGNORED)
+        place = head(known, batch.places) if len(batch.places) else torch.zeros(())
+        if progress < _TAUGHT_UNTIL:
+            loss = loss + _TAUGHT_SHARE * place
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
@@ -465,7 +534,8 @@ def train(
                 right.setdefault(kind.value + mark, []).append(is_right)
         if step % 250 == 0:
             table = " ".join(f"{kind} {sum(k) / len(k):.2f}" for kind, k in sorted(right.items()))
-            print(f"{step} {time.monotonic() - started:.0f} s loss {loss.item():.4f} {table}")
+            elapsed = time.monotonic() - started
+            print(f"{step} {elapsed:.0f} s loss {loss.item():.4f} place {place.item():.4f} {table}")
             right.clear()
         step += 1
 
