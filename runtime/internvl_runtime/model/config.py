@@ -22,6 +22,8 @@ TOKENS_PER_TILE = 256
 MAX_CONTEXT = 32768
 
 _ABSENT = object()
+_MAX_DYNAMIC_PATCH = 6
+"""What the authors' class takes where the field is absent; the published configs say 12."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +177,9 @@ def parse_model_config(raw: Any) -> ModelConfig:
         language=_parse_language(_section(raw, "llm_config")),
         vision=_parse_vision(_section(raw, "vision_config")),
         system_message=_system_message(raw),
-        max_dynamic_patch=_integer({"max_dynamic_patch": 12, **raw}, "max_dynamic_patch"),
+        max_dynamic_patch=_integer(
+            {"max_dynamic_patch": _MAX_DYNAMIC_PATCH, **raw}, "max_dynamic_patch"
+        ),
     )
 
 

@@ -101,6 +101,10 @@ def test_a_field_whose_default_is_another_model_must_be_there(field):
         config.parse_model_config(config_without(field))
 
 
+def test_an_absent_tile_limit_is_that_of_the_authors_class():
+    assert config.parse_model_config(config_without("max_dynamic_patch")).max_dynamic_patch == 6
+
+
 def test_internlm2_without_a_word_on_biases_has_them_and_is_refused():
     with pytest.raises(errors.StageError, match=r"llm_config\.bias is True"):
         config.parse_model_config(config_without("llm_config.bias", "InternVL2_5-2B"))
