@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from internvl_runtime.model import config
+from internvl_runtime.vision import grid
 
-TILE = 448
+TILE = config.TILE_SIZE
 
 
 class Shape(enum.StrEnum):
@@ -83,8 +85,7 @@ class Scene:
     @property
     def tiles(self) -> int:
         """Tiles of the model's grid, thumbnail included."""
-        area = self.columns * self.rows
-        return area if area == 1 else area + 1
+        return grid.Grid(self.columns, self.rows).tiles
 
 
 def one_large_mark(rng: random.Random, columns: int, rows: int) -> tuple[Scene, Place]:

@@ -58,7 +58,7 @@ def test_answers_equal_the_references(checkpoint, tmp_path):
     tokens = tokenizer.load_tokenizer(checkpoint, config.read_model_config(checkpoint))
     context = tokens.control_ids["<IMG_CONTEXT>"]
     reference = hf_reference.load_reference(checkpoint, image_token_id=context)
-    ours = generator.load_generator(folder.open_engine(engine))
+    ours = generator.load_generator(folder.open_engine(engine), tokens)
     with runtime_process.serve(engine) as server:
         for name, conversation in CONVERSATIONS.items():
             body = {

@@ -86,7 +86,7 @@ class InProcess:
     def __init__(self, engine_dir):
         opened = folder.open_engine(engine_dir)
         self.tokens = opened.load_tokenizer()
-        self.model = generator.load_generator(opened)
+        self.model = generator.load_generator(opened, self.tokens)
 
     def ask(self, question, cut, segments=None):
         segments = segments or conversation.render(question.turns)

@@ -90,11 +90,12 @@ class Send:
 def load(engine_dir: Path) -> generators.Generator:
     """Load an engine and repeat its recorded answers."""
     engine = folder.open_engine(engine_dir)
-    generator = generators.load_generator(engine)
+    tokens = engine.load_tokenizer()
+    generator = generators.load_generator(engine, tokens)
     verification.check(
         generator,
         engine.model,
-        engine.load_tokenizer(),
+        tokens,
         recorded=engine.read_verification(),
         dtype=engine.dtype,
     )

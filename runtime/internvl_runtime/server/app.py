@@ -21,7 +21,6 @@ from internvl_runtime.server import (
     identity,
     keys,
     limits,
-    media,
     prepare,
     routes,
 )
@@ -65,7 +64,13 @@ async def serve(engine_dir: Path, *, config: settings.Settings) -> None:
         opened, threads=config.torch_threads, start_seconds=config.worker_start_seconds
     )
     fetcher = fetch.Fetcher(fetch_policy(config))
-    preparer = create_preparer(opened, fetcher=fetcher, config=config)
+    preparer = prepare.create_preparer(
+        model=opened.model,
+        tokens=opened.load_tokenizer(),
+        limits=opened.limits,
+        fetcher=fetcher,
+        config_=config,
+    )
     draining = drain.Drain()
     api = routes.Api(
         engine,
@@ -97,20 +102,6 @@ async def serve(engine_dir: Path, *, config: settings.Settings) -> None:
         await _run(server, engine)
     finally:
         await fetcher.close()
-
-
-def create_preparer(
-    opened: folder.EngineFolder, *, fetcher: fetch.Fetcher, config: settings.Settings
-) -> prepare.Preparer:
-    """Return what prepares requests for an engine."""
-    return prepare.Preparer(
-        model=opened.model,
-        tokens=opened.load_tokenizer(),
-        limits=opened.limits,
-        loader=media.Loader(fetcher, limits=opened.limits, settings=config),
-        max_messages=config.max_messages,
-        parses_special_tokens=config.parse_special_tokens,
-    )
 
 
 def fetch_policy(config: settings.Settings) -> fetch.FetchPolicy:

@@ -72,15 +72,13 @@ async def inspect(
     """
     model = config.read_model_config(model_dir)
     local = config_.model_copy(update={"media_folder": Path("/")})
-    limits = _limits_of(model)
     fetcher = fetch.Fetcher(fetch.FetchPolicy())
-    preparer = prepare.Preparer(
+    preparer = prepare.create_preparer(
         model=model,
         tokens=tokenizer.load_tokenizer(model_dir, model),
-        limits=limits,
-        loader=media.Loader(fetcher, limits=limits, settings=local),
-        max_messages=local.max_messages,
-        parses_special_tokens=local.parse_special_tokens,
+        limits=_limits_of(model),
+        fetcher=fetcher,
+        config_=local,
     )
     try:
         fetched = await preparer.loader.fetch(messages)

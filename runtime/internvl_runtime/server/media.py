@@ -196,9 +196,8 @@ async def _first_error() -> AsyncIterator[None]:
 
 
 def _videos(messages: Sequence[schemas.Message]) -> Iterator[schemas.VideoUrl]:
-    for message in messages:
-        parts = message.content if isinstance(message.content, tuple) else ()
-        yield from (part.video_url for part in parts if isinstance(part, schemas.VideoPart))
+    parts = (part for message in messages for part in message.parts)
+    return (part.video_url for part in parts if isinstance(part, schemas.VideoPart))
 
 
 def _web_urls(messages: Sequence[schemas.Message], settings_: settings.Settings) -> dict[str, int]:
@@ -212,8 +211,7 @@ def _web_urls(messages: Sequence[schemas.Message], settings_: settings.Settings)
 
 
 def _urls(message: schemas.Message, settings_: settings.Settings) -> Iterator[tuple[str, int]]:
-    parts = message.content if isinstance(message.content, tuple) else ()
-    for part in parts:
+    for part in message.parts:
         match part:
             case schemas.ImagePart():
                 yield part.image_url.url, settings_.max_image_bytes

@@ -5,10 +5,11 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from internvl_runtime import errors
+from internvl_runtime import errors, settings
 from internvl_runtime.engine import interface
 from internvl_runtime.model import config, conversation, prompt, tokenizer
 from internvl_runtime.server import media, sampling, schemas
+from internvl_runtime.vision import fetch
 
 _MOST_CHARACTERS_PER_TOKEN = 128
 """The longest tokens of both vocabularies are runs of 128 spaces or shorter."""
@@ -104,6 +105,7 @@ class Preparer:
         parameter = "messages" if isinstance(body, schemas.ChatCompletionRequest) else "prompt"
         identity = f"{prefix}-{uuid.uuid4().hex}"
         answers = body.n or 1
+        constraint = sampling.constraint_of(body)
         requests: Requests = []
         for expanded in prompts:
             if not expanded.token_ids:
@@ -129,7 +131,7 @@ class Preparer:
                         answer_index=number,
                     ),
                     stop_token_ids=frozenset() if body.ignore_eos else self.tokens.stop_ids,
-                    constraint=sampling.constraint_of(body),
+                    constraint=constraint,
                 )
                 for number in range(answers)
             ]
@@ -152,6 +154,25 @@ class Preparer:
             )
 
 
+def create_preparer(
+    *,
+    model: config.ModelConfig,
+    tokens: tokenizer.Tokenizer,
+    limits: interface.EngineLimits,
+    fetcher: fetch.Fetcher,
+    config_: settings.Settings,
+) -> Preparer:
+    """Return what prepares requests under the settings' bounds."""
+    return Preparer(
+        model=model,
+        tokens=tokens,
+        limits=limits,
+        loader=media.Loader(fetcher, limits=limits, settings=config_),
+        max_messages=config_.max_messages,
+        parses_special_tokens=config_.parse_special_tokens,
+    )
+
+
 def _prompts(body: schemas.CompletionRequest) -> Sequence[str | Sequence[int]]:
     given: Any = body.prompt
     is_one = isinstance(given, str) or isinstance(next(iter(given), None), int)
@@ -162,6 +183,6 @@ def _prompts(body: schemas.CompletionRequest) -> Sequence[str | Sequence[int]]:
 
 
 def _count_characters(message: schemas.Message) -> int:
-    if message.content is None or isinstance(message.content, str):
-        return len(message.content or "")
-    return sum(len(part.text) for part in message.content if isinstance(part, schemas.TextPart))
+    if isinstance(message.content, str):
+        return len(message.content)
+    return sum(len(part.text) for part in message.parts if isinstance(part, schemas.TextPart))

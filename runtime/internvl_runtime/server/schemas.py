@@ -132,6 +132,11 @@ class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[tuple[ContentPart, ...], _at_most(_MOST_PARTS)] | None = None
 
+    @property
+    def parts(self) -> tuple[ContentPart, ...]:
+        """The content parts; none where the content is a plain text."""
+        return self.content if isinstance(self.content, tuple) else ()
+
 
 _Messages = Annotated[tuple[Message, ...], pydantic.Field(min_length=1), _at_most(_MOST_MESSAGES)]
 _PromptIds = Annotated[tuple[_TokenId, ...], _at_most(_MOST_PROMPT_IDS)]

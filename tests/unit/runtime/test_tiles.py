@@ -11,6 +11,7 @@ import tile_oracle
 from internvl_runtime import errors
 from internvl_runtime.vision import picture, tiles
 from internvl_runtime.vision.grid import choose_grid
+from pictures import draw
 
 PIXELS = 10**8
 DRAWN = [
@@ -27,12 +28,6 @@ FILES = [
     ("frame_0.jpg", 12, 3, "3f95439d47aa2e0fa99cc627e743a2fe"),
     ("frame_0.jpg", 1, 1, "fb40b91360561427c4fe81b1b13ff28e"),
 ]
-
-
-def draw(width, height):
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    channels = [(7 * x + 3 * y) % 256, (5 * x + 11 * y + (x * y) // 97) % 256, (x ^ y) % 256]
-    return PIL.Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
 def digest(array):

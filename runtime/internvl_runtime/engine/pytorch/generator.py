@@ -11,7 +11,7 @@ import torch
 
 from internvl_runtime.engine import folder, grammar, interface, sampling
 from internvl_runtime.engine.pytorch import language, vision, weights
-from internvl_runtime.model import config
+from internvl_runtime.model import config, tokenizer
 
 _PREFILL_CHUNK_TOKENS = 1024
 """Bounds the attention mask of a prefill step and the time until a cancel is seen."""
@@ -100,6 +100,7 @@ class _Chooser:
         self._request = request
         self._prompt_ids = frozenset(request.prompt.token_ids)
         self._counts: Counter[int] = Counter()
+        self._position = 0
         self._matcher = (
             grammars.start(request.constraint) if request.constraint and grammars else None
         )
@@ -110,13 +111,15 @@ class _Chooser:
         row = sampling.adjust(logits, wanted, prompt_ids=self._prompt_ids, generated=self._counts)
         if self._matcher:
             row = sampling.mask(row, self._matcher.allowed())
-        position = self._counts.total()
-        token_id = sampling.choose(row, wanted, request_id=request.request_id, position=position)
+        token_id = sampling.choose(
+            row, wanted, request_id=request.request_id, position=self._position
+        )
         self._counts[token_id] += 1
+        self._position += 1
         finish = sampling.finish_reason(
             token_id,
             stop_token_ids=request.stop_token_ids,
-            generated=position + 1,
+            generated=self._position,
             max_tokens=budget,
         )
         if self._matcher:
@@ -133,8 +136,7 @@ class _Chooser:
         )
 
 
-def load_generator(engine: folder.EngineFolder) -> Generator:
-    """Load the model of an engine folder."""
-    vocab_size = engine.model.language.vocab_size
-    grammars = grammar.Compiler(engine.load_tokenizer(), vocab_size=vocab_size)
+def load_generator(engine: folder.EngineFolder, tokens: tokenizer.Tokenizer) -> Generator:
+    """Load the model of an engine folder, whose tokenizer is loaded already."""
+    grammars = grammar.Compiler(tokens, vocab_size=engine.model.language.vocab_size)
     return Generator(engine.checkpoint, engine.model, engine.limits, grammars=grammars)
