@@ -8,6 +8,7 @@ from collections.abc import Callable
 from internvl_runtime.model import conversation
 
 from tiny_shapes import scenes
+from tiny_shapes.scenes import Layout
 
 GRIDS = ((1, 1), (2, 1), (1, 2), (2, 2), (3, 2), (2, 3))
 """Columns and rows of the pictures that the model has seen."""
@@ -50,106 +51,120 @@ class Question:
     turns: tuple[conversation.Turn, ...]
     pictures: tuple[scenes.Scene, ...]
     answer: str
+    about: tuple[int, scenes.Mark] | None = None
+    """The number of a picture, and the mark in it that the answer is about."""
 
 
 Grid = tuple[int, int]
 
+Draw = Callable[[Layout], scenes.Scene]
+"""Returns a picture of a layout."""
+
 
 def ask(kind: Kind, rng: random.Random, grid: Grid) -> Question:
-    """Return a fresh question of a kind about pictures of a grid."""
-    return _MAKERS[kind](rng, grid)
+    """Return a fresh question of a kind about fresh pictures of a grid."""
+    return ask_about(kind, rng, lambda layout: scenes.compose(layout, rng, *grid))
 
 
-def _one_mark(rng: random.Random, grid: Grid) -> Question:
-    scene, place = scenes.one_large_mark(rng, *grid)
-    return Question(Kind.ONE_MARK, (_about_picture(WHAT),), (scene,), _place(scene, place))
+def ask_about(kind: Kind, rng: random.Random, draw: Draw) -> Question:
+    """Return a fresh question of a kind about pictures that are drawn as it needs them."""
+    return _MAKERS[kind](rng, draw)
 
 
-def _corner(rng: random.Random, grid: Grid) -> Question:
-    scene, place = scenes.four_small_marks(rng, *grid), rng.choice(list(scenes.Place))
-    turn = _about_picture(f"What is at the {place}?")
-    return Question(Kind.CORNER, (turn,), (scene,), _at(scene, place))
+def _one_mark(rng: random.Random, draw: Draw) -> Question:
+    del rng
+    scene = draw(Layout.ONE_LARGE_MARK)
+    (mark,) = scene.marks
+    answer = f"{_name(mark)} at the {scene.place_of(mark)}"
+    return Question(Kind.ONE_MARK, (_about_picture(WHAT),), (scene,), answer, (0, mark))
 
 
-def _coloured_corner(rng: random.Random, grid: Grid) -> Question:
-    scene = scenes.four_small_marks(rng, *grid, is_colourful=True)
+def _corner(rng: random.Random, draw: Draw) -> Question:
+    return _about_corner(Kind.CORNER, rng, draw(Layout.FOUR_ALIKE))
+
+
+def _coloured_corner(rng: random.Random, draw: Draw) -> Question:
+    return _about_corner(Kind.COLOURED_CORNER, rng, draw(Layout.FOUR_COLOURFUL))
+
+
+def _about_corner(kind: Kind, rng: random.Random, scene: scenes.Scene) -> Question:
     place = rng.choice(list(scenes.Place))
-    turn = _about_picture(f"What is at the {place}?")
-    return Question(Kind.COLOURED_CORNER, (turn,), (scene,), _at(scene, place))
+    turn, mark = _about_picture(f"What is at the {place}?"), scene.mark_at(place)
+    return Question(kind, (turn,), (scene,), _name(mark), (0, mark))
 
 
-def _where(rng: random.Random, grid: Grid) -> Question:
-    scene = scenes.four_small_marks(rng, *grid, is_colourful=True)
-    place = rng.choice(list(scenes.Place))
-    colour = scene.marks[list(scenes.Place).index(place)].colour
-    return Question(
-        Kind.WHERE, (_about_picture(f"Where is {colour}?"),), (scene,), f"at the {place}"
-    )
+def _where(rng: random.Random, draw: Draw) -> Question:
+    scene, place = draw(Layout.FOUR_COLOURFUL), rng.choice(list(scenes.Place))
+    mark = scene.mark_at(place)
+    turn = _about_picture(f"Where is {mark.colour}?")
+    return Question(Kind.WHERE, (turn,), (scene,), f"at the {place}", (0, mark))
 
 
-def _which_colour(rng: random.Random, grid: Grid) -> Question:
-    pictures = _two_pictures(rng, grid)
+def _which_colour(rng: random.Random, draw: Draw) -> Question:
+    pictures = _two_marks(draw)
     while pictures[0].marks[0].colour == pictures[1].marks[0].colour:
-        pictures = _two_pictures(rng, grid)
+        pictures = _two_marks(draw)
     number = rng.randrange(2)
-    turn = _about_two(f"Which image holds {pictures[number].marks[0].colour}?")
-    return Question(Kind.WHICH_COLOUR, (turn,), pictures, f"image {number + 1}")
+    (mark,) = pictures[number].marks
+    turn, answer = _about_two(f"Which image holds {mark.colour}?"), f"image {number + 1}"
+    return Question(Kind.WHICH_COLOUR, (turn,), pictures, answer, (number, mark))
 
 
-def _which_image(rng: random.Random, grid: Grid) -> Question:
-    pictures = _two_pictures(rng, grid)
+def _which_image(rng: random.Random, draw: Draw) -> Question:
+    pictures = _two_marks(draw)
     while pictures[0].marks[0].shape == pictures[1].marks[0].shape:
-        pictures = _two_pictures(rng, grid)
+        pictures = _two_marks(draw)
     number = rng.randrange(2)
-    question = f"Which image holds the {pictures[number].marks[0].shape}?"
-    turn = _about_two(question)
-    return Question(Kind.WHICH_IMAGE, (turn,), pictures, f"image {number + 1}")
+    (mark,) = pictures[number].marks
+    turn, answer = _about_two(f"Which image holds the {mark.shape}?"), f"image {number + 1}"
+    return Question(Kind.WHICH_IMAGE, (turn,), pictures, answer, (number, mark))
 
 
-def _second_image(rng: random.Random, grid: Grid) -> Question:
-    pictures = _two_pictures(rng, grid)
+def _second_image(rng: random.Random, draw: Draw) -> Question:
+    pictures = _two_marks(draw)
     number = rng.randrange(2)
-    turn = _about_two(f"What is in image {number + 1}?")
-    return Question(Kind.SECOND_IMAGE, (turn,), pictures, _name(pictures[number].marks[0]))
+    turn, (mark,) = _about_two(f"What is in image {number + 1}?"), pictures[number].marks
+    return Question(Kind.SECOND_IMAGE, (turn,), pictures, _name(mark), (number, mark))
 
 
-def _colour_of_it(rng: random.Random, grid: Grid) -> Question:
-    first = _one_mark(rng, grid)
+def _colour_of_it(rng: random.Random, draw: Draw) -> Question:
+    first = _one_mark(rng, draw)
     turns = (*first.turns, _said(first.answer), _asked(WHAT_COLOUR))
-    return Question(Kind.COLOUR_OF_IT, turns, first.pictures, first.pictures[0].marks[0].colour)
+    (mark,) = first.pictures[0].marks
+    return Question(Kind.COLOUR_OF_IT, turns, first.pictures, mark.colour, (0, mark))
 
 
-def _other_corner(rng: random.Random, grid: Grid) -> Question:
-    scene = scenes.four_small_marks(rng, *grid)
+def _other_corner(rng: random.Random, draw: Draw) -> Question:
+    scene = draw(Layout.FOUR_ALIKE)
     first, second = rng.sample(list(scenes.Place), 2)
     turns = (
         _about_picture(f"What is at the {first}?"),
-        _said(_at(scene, first)),
+        _said(_name(scene.mark_at(first))),
         _asked(f"And at the {second}?"),
     )
-    return Question(Kind.OTHER_CORNER, turns, (scene,), _at(scene, second))
+    mark = scene.mark_at(second)
+    return Question(Kind.OTHER_CORNER, turns, (scene,), _name(mark), (0, mark))
 
 
-def _system(rng: random.Random, grid: Grid) -> Question:
-    scene, _ = scenes.one_large_mark(rng, *grid)
-    message, answer = rng.choice(
-        [(COLOUR_ALONE, scene.marks[0].colour), (SHAPE_ALONE, scene.marks[0].shape.value)]
-    )
-    system = conversation.Turn(conversation.Role.SYSTEM, (message,))
-    return Question(Kind.SYSTEM, (system, _about_picture(WHAT)), (scene,), answer)
+def _system(rng: random.Random, draw: Draw) -> Question:
+    scene = draw(Layout.ONE_LARGE_MARK)
+    (mark,) = scene.marks
+    message, answer = rng.choice([(COLOUR_ALONE, mark.colour), (SHAPE_ALONE, mark.shape.value)])
+    turns = (conversation.Turn(conversation.Role.SYSTEM, (message,)), _about_picture(WHAT))
+    return Question(Kind.SYSTEM, turns, (scene,), answer, (0, mark))
 
 
-def _no_system(rng: random.Random, grid: Grid) -> Question:
-    question = _one_mark(rng, grid)
-    return dataclasses.replace(question, kind=Kind.NO_SYSTEM, answer=NO_SYSTEM_TURN)
+def _no_system(rng: random.Random, draw: Draw) -> Question:
+    question = _one_mark(rng, draw)
+    return dataclasses.replace(question, kind=Kind.NO_SYSTEM, answer=NO_SYSTEM_TURN, about=None)
 
 
-def _text(rng: random.Random, grid: Grid) -> Question:
-    del rng, grid
+def _text(rng: random.Random, draw: Draw) -> Question:
+    del rng, draw
     return Question(Kind.TEXT, (_asked(WHO),), (), NAME)
 
 
-_MAKERS: dict[Kind, Callable[[random.Random, Grid], Question]] = {
+_MAKERS: dict[Kind, Callable[[random.Random, Draw], Question]] = {
     Kind.ONE_MARK: _one_mark,
     Kind.CORNER: _corner,
     Kind.COLOURED_CORNER: _coloured_corner,
@@ -165,20 +180,12 @@ _MAKERS: dict[Kind, Callable[[random.Random, Grid], Question]] = {
 }
 
 
-def _two_pictures(rng: random.Random, grid: Grid) -> tuple[scenes.Scene, scenes.Scene]:
-    return scenes.one_large_mark(rng, *grid)[0], scenes.one_large_mark(rng, *grid)[0]
+def _two_marks(draw: Draw) -> tuple[scenes.Scene, scenes.Scene]:
+    return draw(Layout.ONE_LARGE_MARK), draw(Layout.ONE_LARGE_MARK)
 
 
 def _name(mark: scenes.Mark) -> str:
     return f"a {mark.colour} {mark.shape}"
-
-
-def _place(scene: scenes.Scene, place: scenes.Place) -> str:
-    return f"{_name(scene.marks[0])} at the {place}"
-
-
-def _at(scene: scenes.Scene, place: scenes.Place) -> str:
-    return _name(scene.marks[list(scenes.Place).index(place)])
 
 
 def _asked(text: str) -> conversation.Turn:

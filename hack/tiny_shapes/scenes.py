@@ -41,6 +41,14 @@ class Place(enum.StrEnum):
         return int(self in {Place.BOTTOM_LEFT, Place.BOTTOM_RIGHT})
 
 
+class Layout(enum.StrEnum):
+    """What a scene is made of."""
+
+    ONE_LARGE_MARK = "one large mark"
+    FOUR_ALIKE = "four small marks of one colour"
+    FOUR_COLOURFUL = "four small marks of a colour each"
+
+
 COLOURS = {
     "red": (205, 35, 35),
     "green": (35, 150, 45),
@@ -87,27 +95,45 @@ class Scene:
         """Tiles of the model's grid, thumbnail included."""
         return grid.Grid(self.columns, self.rows).tiles
 
+    def mark_at(self, place: Place) -> Mark:
+        """Return the mark in a quarter of the picture."""
+        return next(mark for mark in self.marks if self.place_of(mark) is place)
 
-def one_large_mark(rng: random.Random, columns: int, rows: int) -> tuple[Scene, Place]:
-    """Return a scene with one mark that lies in one quarter of the picture."""
+    def place_of(self, mark: Mark) -> Place:
+        """Return the quarter in which a mark lies."""
+        column, row = mark.x > self.width / 2, mark.y > self.height / 2
+        return next(place for place in Place if (place.column, place.row) == (column, row))
+
+
+def compose(layout: Layout, rng: random.Random, columns: int, rows: int) -> Scene:
+    """Return a fresh scene for a picture of a grid."""
+    marks = (
+        (_one_large_mark(rng, columns, rows),)
+        if layout is Layout.ONE_LARGE_MARK
+        else _four_small_marks(rng, columns, rows, is_colourful=layout is Layout.FOUR_COLOURFUL)
+    )
+    return Scene(columns, rows, rng.randint(170, 255), marks)
+
+
+def _one_large_mark(rng: random.Random, columns: int, rows: int) -> Mark:
+    """Return a mark that lies in one quarter of the picture."""
     place = rng.choice(list(Place))
     radius = rng.uniform(22, 45)
     half_width, half_height = TILE * columns / 2, TILE * rows / 2
     margin = 1.6 * radius
-    mark = Mark(
+    return Mark(
         shape=rng.choice(list(Shape)),
         colour=rng.choice(list(COLOURS)),
         x=half_width * place.column + rng.uniform(margin, half_width - margin),
         y=half_height * place.row + rng.uniform(margin, half_height - margin),
         radius=radius,
     )
-    return Scene(columns, rows, rng.randint(170, 255), (mark,)), place
 
 
-def four_small_marks(
-    rng: random.Random, columns: int, rows: int, *, is_colourful: bool = False
-) -> Scene:
-    """Return a scene with a mark in each corner tile, or in each quarter where tiles are fewer.
+def _four_small_marks(
+    rng: random.Random, columns: int, rows: int, *, is_colourful: bool
+) -> tuple[Mark, ...]:
+    """Return a mark in each corner tile, or in each quarter where tiles are fewer.
 
     All have one area and, unless they are to be colourful, one colour: the
     thumbnail shows four dots alike. Each grid tile shows a shape, but not
@@ -121,7 +147,7 @@ def four_small_marks(
         size = TILE if tiles > 1 else TILE / 2
         return half * (tiles * TILE - size) + rng.uniform(2 * radius, size - 2 * radius)
 
-    marks = tuple(
+    return tuple(
         Mark(
             shape=rng.choice(list(Shape)),
             colour=colour,
@@ -131,7 +157,6 @@ def four_small_marks(
         )
         for place, colour in zip(Place, colours, strict=True)
     )
-    return Scene(columns, rows, rng.randint(170, 255), marks)
 
 
 def draw(scene: Scene) -> npt.NDArray[np.uint8]:

@@ -94,17 +94,18 @@ def _build(arguments: argparse.Namespace, config_: settings.Settings) -> dict[st
 
 
 def _verify(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
-    from internvl_runtime.engine import worker
+    from internvl_runtime.engine import device, worker
+    from internvl_runtime.engine.pytorch import loading
 
     del config_
-    worker.load(arguments.engine)
+    worker.load(arguments.engine, options=loading.Options(device=device.default_device()))
     return {"engine": arguments.engine.resolve().name, "verified": True}
 
 
 def _serve(arguments: argparse.Namespace, config_: settings.Settings) -> None:
     from internvl_runtime.server import app
 
-    asyncio.run(app.serve(arguments.engine, config=config_))
+    asyncio.run(app.serve(arguments.engine, config=config_, step_log=arguments.step_log))
 
 
 def _inspect(arguments: argparse.Namespace, config_: settings.Settings) -> None:
@@ -189,6 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--flags", required=True, help="JSON of every build flag")
     for command in (verify, serve):
         command.add_argument("--engine", type=Path, required=True, metavar="DIR")
+    serve.add_argument(
+        "--step-log", type=Path, metavar="FILE", help="write a JSON line for each engine step"
+    )
     inspect.add_argument("model", type=Path, metavar="MODEL_DIR", help="a checkpoint's folder")
     inspect.add_argument("--image", type=Path, action="append", default=[], metavar="FILE")
     inspect.add_argument("--text", default="", help="the question; <image> takes the pictures")

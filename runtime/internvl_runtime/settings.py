@@ -105,5 +105,18 @@ class Settings(pydantic_settings.BaseSettings):
     tokenizer_model: Path = Path("../shared/data/tokenizers/internlm2.model")
     """A copy of InternLM2's tokenizer.model; only synthesizing its published shapes needs it."""
 
+    kv_cache_bytes: int = 0
+    """Most bytes of the key/value cache, which takes fewer where fewer are of use. 0: at most 4 GiB
+    on a CPU, and all that is free behind the largest step on a GPU."""
+
+    picture_cache_bytes: int = 512 * 2**20
+    """Bytes of picture features that stay for later requests with the same pictures."""
+
+    worker_silent_seconds: float = 30.0
+    """How long the engine worker may give no sign of life before it is ended, and the pod."""
+
+    worker_step_seconds: float = 600.0
+    """How long one engine step may take before the worker is ended, and the pod."""
+
     torch_threads: int = 0
     """Threads that torch uses on a CPU; 0 leaves the choice to torch."""

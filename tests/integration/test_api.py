@@ -69,6 +69,12 @@ WAYS = [
 ]
 
 
+def without_cache(usage):
+    """Token counts but for those that the request before has left in the cache."""
+    return {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+
+
+
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way) or "plain")
 def test_a_stream_equals_the_whole_answer_in_every_way(server, way):
     options = {**ASK, **way, "return_token_ids": True}
@@ -77,7 +83,7 @@ def test_a_stream_equals_the_whole_answer_in_every_way(server, way):
     for chunk in chunks:
         CHUNK.model_validate(chunk, strict=True)
 
-    assert chunks[-1]["usage"] == whole.usage.model_dump(exclude_none=True)
+    assert without_cache(chunks[-1]["usage"]) == without_cache(whole.usage.model_dump())
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     for choice in whole.choices:
         parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice.index]

@@ -2,12 +2,13 @@
 
 import hf_reference
 import httpx
+import in_process
 import numpy as np
 import pictures
 import pytest
 import runtime_process
-from internvl_runtime.engine import folder, interface
-from internvl_runtime.engine.pytorch import generator
+from internvl_runtime.engine import interface
+from internvl_runtime.engine.pytorch import core
 from internvl_runtime.model import config, prompt, tokenizer
 from internvl_runtime.vision import grid, tiles
 
@@ -58,7 +59,7 @@ def test_answers_equal_the_references(checkpoint, tmp_path):
     tokens = tokenizer.load_tokenizer(checkpoint, config.read_model_config(checkpoint))
     context = tokens.control_ids["<IMG_CONTEXT>"]
     reference = hf_reference.load_reference(checkpoint, image_token_id=context)
-    ours = generator.load_generator(folder.open_engine(engine), tokens)
+    ours = in_process.load(engine)
     with runtime_process.serve(engine) as server:
         for name, conversation in CONVERSATIONS.items():
             body = {
@@ -80,22 +81,21 @@ def test_answers_equal_the_references(checkpoint, tmp_path):
                 reference, prompt_ids, every, max_tokens=TOKENS
             )
             assert answered == expected, name
-            logits = [step.logits for step in generate(ours, prompt_ids, context, cut)]
-            assert np.abs(np.stack(logits) - theirs).max() < LOGIT_TOLERANCE, name
+            logits = in_process.logits_of(ours, request_of(prompt_ids, context, cut), cut)
+            assert np.abs(logits - theirs).max() < LOGIT_TOLERANCE, name
 
 
-def generate(ours, prompt_ids, context, cut):
-    """Our engine's steps for a prompt whose pictures lie where the context tokens do."""
+def request_of(prompt_ids, context, cut):
+    """A request for a prompt whose pictures lie where the context tokens do."""
     placements, position = [], 0
     for index, own in enumerate(cut):
         position = prompt_ids.index(context, position)
         placements.append(prompt.ImagePlacement(index, position, 256 * len(own)))
         position += 256 * len(own)
-    request = interface.GenerationRequest(
-        request_id=interface.RequestId("r"),
+    return core.Submitted(
+        request_id="r",
         prompt=prompt.Prompt(tuple(prompt_ids), tuple(placements)),
-        images=(),
+        content_hashes=in_process.hashes_of(cut),
         sampling=interface.Sampling(max_tokens=TOKENS, temperature=0.0),
         stop_token_ids=frozenset(),
     )
-    return [step for step in ours.generate(request, cut) if step is not None]

@@ -3,13 +3,14 @@
 import random
 
 import httpx
+import in_process
 import PIL.Image
 import pytest
 import runtime_process
 import shape_questions
 from internvl_runtime.artifacts import source
 from internvl_runtime.engine import folder, interface
-from internvl_runtime.engine.pytorch import generator
+from internvl_runtime.engine.pytorch import core
 from internvl_runtime.model import conversation, prompt, tokenizer
 from internvl_runtime.vision import grid, tiles
 from tiny_shapes import questions, scenes
@@ -84,22 +85,19 @@ class InProcess:
     """Asks the engine without a server, so that tiles and turns can be put wrong."""
 
     def __init__(self, engine_dir):
-        opened = folder.open_engine(engine_dir)
-        self.tokens = opened.load_tokenizer()
-        self.model = generator.load_generator(opened, self.tokens)
+        self.tokens = folder.open_engine(engine_dir).load_tokenizer()
+        self.engine = in_process.load(engine_dir)
 
     def ask(self, question, cut, segments=None):
         segments = segments or conversation.render(question.turns)
-        expanded = prompt.expand(segments, tiles=[len(own) for own in cut], tokens=self.tokens)
-        request = interface.GenerationRequest(
-            request_id=interface.RequestId("r"),
-            prompt=expanded,
-            images=(),
+        request = core.Submitted(
+            request_id="r",
+            prompt=prompt.expand(segments, tiles=[len(own) for own in cut], tokens=self.tokens),
+            content_hashes=in_process.hashes_of(cut),
             sampling=interface.Sampling(max_tokens=16, temperature=0.0),
             stop_token_ids=self.tokens.stop_ids,
         )
-        made = [step.token_id for step in self.model.generate(request, cut) if step]
-        return tokenizer.decode(self.tokens, made)
+        return tokenizer.decode(self.tokens, in_process.tokens_of(self.engine, request, cut))
 
 
 def tiles_of(scene):
@@ -108,18 +106,18 @@ def tiles_of(scene):
 
 
 @pytest.fixture(scope="module")
-def in_process(engine):
+def local(engine):
     return InProcess(engine)
 
 
-def test_a_lost_system_turn_shows(in_process):
+def test_a_lost_system_turn_shows(local):
     rng = random.Random(SEED)
     for _ in range(20):
         question = questions.ask(Kind.NO_SYSTEM, rng, (1, 1))
         segments = list(conversation.render(question.turns))
         rest = segments[segments.index(conversation.Control.TURN_END) + 2 :]
         cut = [tiles_of(question.pictures[0])]
-        assert in_process.ask(question, cut, rest) == questions.NO_SYSTEM_TURN
+        assert local.ask(question, cut, rest) == questions.NO_SYSTEM_TURN
 
 
 def test_the_model_has_at_most_8_megabytes():

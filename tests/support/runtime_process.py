@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 FLAGS = {
-    "maxBatchSize": 1, "maxSequenceTokens": 32768, "maxInputTokens": 32767,
+    "maxBatchSize": 16, "maxSequenceTokens": 32768, "maxInputTokens": 32767,
     "maxBatchedTokens": 8192, "maxTilesPerImage": 12, "maxTilesPerRequest": 52,
 }  # fmt: skip
 _READY_SECONDS = 120

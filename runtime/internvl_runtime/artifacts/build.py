@@ -94,14 +94,19 @@ def _verify(
     spec: EngineSpec, checkpoint: caches.Published, stage: progress.Progress
 ) -> list[dict[str, object]]:
     from internvl_runtime.engine import verification
-    from internvl_runtime.engine.pytorch import generator
+    from internvl_runtime.engine.pytorch import loading
 
     report = stage.step("verify", unit="prompts")
     model_folder = checkpoint.path / folder.MODEL_FOLDER
     model = config.read_model_config(model_folder)
     tokens = tokenizer.load_tokenizer(model_folder, model)
     report(0, 1)
-    loaded = generator.Generator(checkpoint.path, model, spec.limits)
+    loaded = loading.load_engine(
+        checkpoint.path,
+        model,
+        dataclasses.replace(spec.limits, max_batch_size=1),
+        options=loading.Options(device=device.default_device()),
+    )
     recorded = verification.record(loaded, model, tokens)
     report(1, 1)
     return [dataclasses.asdict(entry) for entry in recorded]

@@ -1,13 +1,15 @@
 """Messages between the server and the engine worker.
 
-A message is four bytes of little-endian length and MessagePack. Tiles do not
-travel in messages: they lie in shared memory, and whoever takes them removes
-their name at once, so that a crash leaves at most what was on its way.
+A message is four bytes of little-endian length and MessagePack, on a Unix
+stream socket. Tiles travel beside it: as descriptors of anonymous shared
+memory (memfd) on a Unix packet socket, so that nothing has a name that could
+be left behind, whoever dies.
 """
 
 import asyncio
+import mmap
 import os
-import uuid
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from internvl_runtime import errors
 from internvl_runtime.engine import interface
 from internvl_runtime.model import prompt
 
-VERSION = 2
+VERSION = 3
 _LENGTH_BYTES = 4
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory
-_PREFIX = "internvl-tiles-"
+_PACKET_BYTES = 4096
 
-
-class SharedArray(msgspec.Struct, frozen=True):
-    """A uint8 array in shared memory."""
-
-    name: str
-    shape: tuple[int, ...]
+Tiles = npt.NDArray[np.uint8]
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -37,16 +34,34 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     request_id: str
     token_ids: tuple[int, ...]
     placements: tuple[prompt.ImagePlacement, ...]
-    tiles: tuple[SharedArray, ...]
+    content_hashes: tuple[str, ...]
+    """Of picture i; its tiles come when the worker asks for them."""
     stop_token_ids: frozenset[int]
     sampling: interface.Sampling
     constraint: interface.Constraint | None
+    priority: int
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
     """Server to worker: stop an answer."""
 
     request_id: str
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why something could not be done; `status` 0 where the client is not to blame."""
+
+    message: str
+    parameter: str | None = None
+    code: str | None = None
+    status: int = 0
+
+
+class PictureFailed(msgspec.Struct, frozen=True, tag=True):
+    """Server to worker: a picture that was asked for can not be loaded."""
+
+    content_hash: str
+    failure: Failure
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -57,6 +72,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """Worker to server: loaded and verified."""
 
     version: int
+    blocks: int
+    """Of the key/value cache."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -67,26 +84,39 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     remedy: str
 
 
-class StepResult(msgspec.Struct, frozen=True):
+class LoadPicture(msgspec.Struct, frozen=True, tag=True):
+    """Worker to server: send the tiles of picture `index` of a request."""
+
+    request_id: str
+    index: int
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """What one engine step made for one request."""
 
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
     log_probabilities: tuple[interface.TokenLogProbabilities, ...] = ()
     finish_reason: interface.FinishReason | None = None
-    error: str | None = None
-    parameter: str | None = None
-    """The field of the request that is wrong, where the error is the client's."""
+    start: interface.Start | None = None
+    failure: Failure | None = None
 
 
 class Steps(msgspec.Struct, frozen=True, tag=True):
-    """Worker to server: one engine step, for every request in it."""
+    """Worker to server: engine steps, for every request in them."""
 
     steps: tuple[StepResult, ...]
+    reports: tuple[interface.StepReport, ...]
 
 
-ToWorker = Submit | Cancel | Stop
-ToServer = Ready | Failed | Steps
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """Worker to server, every second: alive, and for how long in the same step."""
+
+    step_seconds: float
+
+
+ToWorker = Submit | Cancel | PictureFailed | Stop
+ToServer = Ready | Failed | LoadPicture | Steps | Heartbeat
 
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _to_server: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
@@ -113,26 +143,80 @@ async def _read_body(reader: asyncio.StreamReader) -> bytes:
     return await reader.readexactly(length)
 
 
-def share(array: npt.NDArray[np.uint8]) -> SharedArray:
-    """Copy an array into shared memory. Raises OSError when /dev/shm is full."""
-    name = f"{_PREFIX}{os.getpid()}-{uuid.uuid4().hex}"
-    path = _SHARED_MEMORY / name
+def failure_of(error: errors.RuntimeBaseError) -> Failure:
+    """Return what travels of an error."""
+    if isinstance(error, errors.RequestError):
+        return Failure(
+            message=error.message, parameter=error.parameter, code=error.code, status=error.status
+        )
+    return Failure(message=str(error))
+
+
+def error_of(failure: Failure) -> errors.RuntimeBaseError:
+    """Return the error that has travelled."""
+    if not failure.status:
+        return errors.EngineUnavailableError(failure.message)
+    return errors.RequestError(
+        failure.message,
+        parameter=failure.parameter,
+        code=failure.code,
+        status=failure.status,
+    )
+
+
+def tiles_path(socket_path: Path) -> Path:
+    """Return the path of the packet socket beside the stream socket."""
+    return socket_path.with_suffix(".tiles")
+
+
+class TilesPacket(msgspec.Struct, frozen=True):
+    """Travels with the descriptor of a picture's tiles."""
+
+    content_hash: str
+    count: int
+    """Tiles of 448 x 448 x 3 bytes."""
+
+
+def listen_for_tiles(path: Path) -> socket.socket:
+    """Return a socket that the worker connects to."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listening.bind(str(path))
+    listening.listen(1)
+    listening.setblocking(False)
+    return listening
+
+
+def connect_for_tiles(path: Path) -> socket.socket:
+    """Return the worker's end."""
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connected.connect(str(path))
+    return connected
+
+
+def send_tiles(connected: socket.socket, content_hash: str, tiles: Tiles) -> None:
+    """Copy tiles [N, 448, 448, 3] into shared memory and hand it over. Raises OSError."""
+    descriptor = os.memfd_create("internvl-tiles")
     try:
-        path.write_bytes(array.data)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    return SharedArray(name, array.shape)
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(np.ascontiguousarray(tiles).data)
+        packet = msgspec.msgpack.encode(TilesPacket(content_hash, len(tiles)))
+        socket.send_fds(connected, [packet], [descriptor])
+    finally:
+        os.close(descriptor)
 
 
-def take(shared: SharedArray) -> npt.NDArray[np.uint8]:
-    """Map a shared array, copy-on-write, and remove its name."""
-    path = _SHARED_MEMORY / shared.name
-    array: npt.NDArray[Any] = np.memmap(path, dtype=np.uint8, mode="c", shape=shared.shape)
-    path.unlink()
-    return array
-
-
-def drop(shared: SharedArray) -> None:
-    """Remove a shared array that nobody took."""
-    (_SHARED_MEMORY / shared.name).unlink(missing_ok=True)
+def receive_tiles(
+    connected: socket.socket, tile_shape: tuple[int, ...]
+) -> tuple[str, Tiles] | None:
+    """Wait for a picture's tiles; returns None when the server is gone."""
+    packet, descriptors, _, _ = socket.recv_fds(connected, _PACKET_BYTES, 1)
+    if not packet:
+        return None
+    described = msgspec.msgpack.decode(packet, type=TilesPacket)
+    shape = (described.count, *tile_shape)
+    try:
+        # The mapping keeps the memory; it is freed with the last array over it.
+        mapped: Any = mmap.mmap(descriptors[0], int(np.prod(shape)), flags=mmap.MAP_PRIVATE)
+    finally:
+        os.close(descriptors[0])
+    return described.content_hash, np.frombuffer(mapped, dtype=np.uint8).reshape(shape)

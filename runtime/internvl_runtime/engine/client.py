@@ -1,16 +1,18 @@
-"""The engine as the server sees it: a worker process behind a Unix socket.
+"""The engine as the server sees it: a worker process behind Unix sockets.
 
-One request is with the worker at a time; the others wait here, undecoded, in
-the order of their arrival. All methods are called in the server's event loop.
+All methods are called in the server's event loop. Requests go to the worker at
+once; it asks for the tiles of their pictures when it is about to need them.
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import logging
+import socket as sockets
 import sys
 import tempfile
-from collections import deque
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,32 @@ from internvl_runtime.engine import channel, folder, interface
 logger = logging.getLogger(__name__)
 
 _STOP_SECONDS = 10.0
+_WATCH_SECONDS = 0.5
+_SEND_SECONDS = 30.0
+"""How long a worker may leave tiles untaken."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """How a worker is started and watched."""
+
+    threads: int
+    """Of torch on a CPU; 0 leaves the choice to torch."""
+    start_seconds: float
+    """Most time for loading."""
+    silent_seconds: float
+    """Most time without a sign of life."""
+    step_seconds: float
+    """Most time of one engine step."""
+    loading_threads: int
+    """Pictures that are decoded at once."""
+    kv_cache_bytes: int
+    picture_cache_bytes: int
+    step_log: Path | None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Waiting:
+class _Running:
     request: interface.GenerationRequest
     sink: interface.StepSink
 
@@ -31,19 +55,26 @@ class _Waiting:
 class WorkerEngine:
     """Starts the worker, passes requests to it, and tells everyone when it is gone."""
 
-    def __init__(self, engine: folder.EngineFolder, *, threads: int, start_seconds: float) -> None:
+    def __init__(
+        self,
+        engine: folder.EngineFolder,
+        options: WorkerOptions,
+        *,
+        observe: Callable[[interface.StepReport], None],
+    ) -> None:
         self.limits = engine.limits
+        self.blocks = 0
+        """Of the worker's key/value cache."""
         self._engine = engine
-        self._threads = threads
-        self._start_seconds = start_seconds
-        self._waiting: deque[_Waiting] = deque()
-        self._running: _Waiting | None = None
-        self._dispatching: asyncio.Task[None] | None = None
-        self._receiving: asyncio.Task[None] | None = None
+        self._options = options
+        self._observe = observe
+        self._running: dict[str, _Running] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loading = asyncio.Semaphore(options.loading_threads)
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._arrived = asyncio.Event()
-        self._finished = asyncio.Event()
+        self._tiles: sockets.socket | None = None
+        self._heard = 0.0
         self._ready = False
         self.gone = asyncio.Event()
         """Set when the worker has ended, wanted or not."""
@@ -59,47 +90,36 @@ class WorkerEngine:
             asyncio.get_running_loop().create_future()
         )
         with tempfile.TemporaryDirectory(prefix="internvl-") as name:
-            socket = Path(name) / "engine.sock"
+            path = Path(name) / "engine.sock"
             server = await asyncio.start_unix_server(
-                lambda reader, writer: connected.set_result((reader, writer)), socket
+                lambda reader, writer: connected.set_result((reader, writer)), path
             )
             async with server:
-                self._process = await self._spawn(socket)
-                ended = asyncio.ensure_future(self._process.wait())
-                waited: list[asyncio.Future[Any]] = [connected, ended]
-                await asyncio.wait(
-                    waited,
-                    timeout=self._start_seconds,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                ended.cancel()
-                if not connected.done():
-                    raise _start_error("the engine worker did not start; its log says why")
-                reader, self._writer = connected.result()
-        await self._wait_until_ready(reader)
-        self._receiving = asyncio.create_task(self._receive(reader), name="engine-receive")
-        self._dispatching = asyncio.create_task(self._dispatch(), name="engine-dispatch")
+                with channel.listen_for_tiles(channel.tiles_path(path)) as listening:
+                    self._process = await self._spawn(path)
+                    reader, self._writer = await self._unless_it_ends(connected)
+                    await self._wait_until_ready(reader)
+                    self._tiles = await self._accept(listening)
+        self._heard = time.monotonic()
+        self._ready = True
+        self._start(self._receive(reader), "engine-receive")
+        self._start(self._watch(), "engine-watch")
 
     def submit(self, request: interface.GenerationRequest, sink: interface.StepSink) -> None:
         """Queue a request. Raises EngineUnavailableError when the worker is gone."""
         if not self._ready:
             raise errors.EngineUnavailableError("the engine is not running")
-        self._waiting.append(_Waiting(request, sink))
-        self._arrived.set()
+        self._running[request.request_id] = _Running(request, sink)
+        self._send(_to_submit(request))
 
     def cancel(self, request_id: interface.RequestId) -> None:
         """Stop a request, waiting or running; an unknown one is none."""
-        for waiting in self._waiting:
-            if waiting.request.request_id == request_id:
-                self._waiting.remove(waiting)
-                return
-        if self._running and self._running.request.request_id == request_id:
-            self._running = dataclasses.replace(self._running, sink=_discard)
+        if self._running.pop(request_id, None):
             self._send(channel.Cancel(request_id))
 
     def statistics(self) -> interface.EngineStatistics:
         """Return how many requests are not finished."""
-        return interface.EngineStatistics(len(self._waiting) + (self._running is not None))
+        return interface.EngineStatistics(len(self._running))
 
     async def stop(self) -> None:
         """Ask the worker to end, and end it when it does not."""
@@ -114,141 +134,166 @@ class WorkerEngine:
             logger.warning("the engine worker did not end within %s s", _STOP_SECONDS)
             self._process.kill()
             await self._process.wait()
-        for task in (self._dispatching, self._receiving):
-            if task:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tiles:
+            self._tiles.close()
 
     async def _spawn(self, socket: Path) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "internvl_runtime.engine.worker",
+        options = self._options
+        arguments = [
             f"--engine={self._engine.path}",
             f"--socket={socket}",
-            f"--threads={self._threads}",
+            f"--threads={options.threads}",
+            f"--kv-cache-bytes={options.kv_cache_bytes}",
+            f"--picture-cache-bytes={options.picture_cache_bytes}",
+        ]
+        if options.step_log:
+            arguments.append(f"--step-log={options.step_log}")
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "internvl_runtime.engine.worker", *arguments
         )
+
+    async def _unless_it_ends(self, connected: "asyncio.Future[Any]") -> Any:
+        """Wait for a connection; raises StageError when the worker ends before, or is too slow."""
+        process = self._process
+        ended = asyncio.ensure_future(process.wait()) if process else connected
+        await asyncio.wait(
+            [connected, ended],
+            timeout=self._options.start_seconds,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        if not connected.done():
+            ended.cancel()
+            raise _start_error("the engine worker did not start; its log says why")
+        ended.cancel()
+        return connected.result()
 
     async def _wait_until_ready(self, reader: asyncio.StreamReader) -> None:
         try:
-            message = await asyncio.wait_for(channel.read_to_server(reader), self._start_seconds)
+            message = await asyncio.wait_for(
+                channel.read_to_server(reader), self._options.start_seconds
+            )
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as e:
             raise _start_error("the engine worker ended while loading; its log says why") from e
         match message:
             case channel.Failed(reason, text, remedy):
                 raise errors.StageError(errors.Reason(reason), text, remedy=remedy)
-            case channel.Ready(channel.VERSION):
-                self._ready = True
+            case channel.Ready(channel.VERSION, blocks):
+                self.blocks = blocks
             case _:
                 raise _start_error(f"the engine worker answered {message!r}")
 
-    async def _dispatch(self) -> None:
-        while True:
-            await self._arrived.wait()
-            if not self._waiting:
-                self._arrived.clear()
-                continue
-            self._running = self._waiting.popleft()
-            self._finished.clear()
-            try:
-                await self._answer(self._running.request)
-            except errors.RequestError as e:
-                self._finish_with(e)
-            except Exception:
-                logger.exception("request %s failed", self._running.request.request_id)
-                self._finish_with(errors.EngineUnavailableError("this request failed"))
-
-    async def _answer(self, request: interface.GenerationRequest) -> None:
-        with contextlib.ExitStack() as shared:
-            tiles = await asyncio.to_thread(_share_tiles, request, shared)
-            self._send(_to_submit(request, tiles))
-            await self._finished.wait()
+    async def _accept(self, listening: sockets.socket) -> sockets.socket:
+        accepting = asyncio.get_running_loop().sock_accept(listening)
+        connected, _ = await asyncio.wait_for(accepting, _SEND_SECONDS)
+        connected.settimeout(_SEND_SECONDS)
+        return connected
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
                 message = await channel.read_to_server(reader)
-                if isinstance(message, channel.Steps):
-                    for step in message.steps:
-                        self._deliver(step)
+                self._heard = time.monotonic()
+                self._take(message)
         except (asyncio.IncompleteReadError, ConnectionError):
-            self._worker_is_gone()
+            self._worker_is_gone("the engine ended while this request was running")
+
+    def _take(self, message: channel.ToServer) -> None:
+        match message:
+            case channel.Steps(steps, reports):
+                for step in steps:
+                    self._deliver(step)
+                for report in reports:
+                    self._observe(report)
+            case channel.LoadPicture(request_id, index):
+                self._start(self._send_picture(request_id, index), f"picture {request_id}")
+            case channel.Heartbeat(step_seconds) if step_seconds > self._options.step_seconds:
+                self._give_up(f"an engine step has been running for {step_seconds:.0f} s")
 
     def _deliver(self, result: channel.StepResult) -> None:
-        running = self._running
-        if running is None or running.request.request_id != result.request_id:
+        running = self._running.get(result.request_id)
+        if running is None:
             return
         step = interface.Step(
             request_id=running.request.request_id,
             token_ids=result.token_ids,
             log_probabilities=result.log_probabilities,
             finish_reason=result.finish_reason,
-            error=_error_of(result),
+            start=result.start,
+            error=channel.error_of(result.failure) if result.failure else None,
         )
-        running.sink(step)
         if step.is_last:
-            self._running = None
-            self._finished.set()
+            del self._running[result.request_id]
+        running.sink(step)
 
-    def _finish_with(self, error: errors.RuntimeBaseError) -> None:
-        if self._running:
-            request_id = self._running.request.request_id
-            self._running.sink(interface.Step(request_id=request_id, token_ids=(), error=error))
-        self._running = None
-        self._finished.set()
+    async def _send_picture(self, request_id: str, index: int) -> None:
+        """Load a picture and hand its tiles over; the worker hears of a failure."""
+        running = self._running.get(request_id)
+        if running is None:
+            return
+        image = running.request.images[index]
+        async with self._loading:
+            try:
+                await asyncio.to_thread(self._load_and_send, image)
+            except errors.RequestError as e:
+                self._send(channel.PictureFailed(image.content_hash, channel.failure_of(e)))
+            except Exception:
+                logger.exception("a picture of %s could not be loaded", request_id)
+                failure = channel.Failure(message="this request failed; the log says why")
+                self._send(channel.PictureFailed(image.content_hash, failure))
 
-    def _worker_is_gone(self) -> None:
+    def _load_and_send(self, image: interface.Image) -> None:
+        if self._tiles:
+            channel.send_tiles(self._tiles, image.content_hash, image.load())
+
+    async def _watch(self) -> None:
+        """Give a worker up that gives no sign of life."""
+        while self._ready:
+            await asyncio.sleep(_WATCH_SECONDS)
+            silent = time.monotonic() - self._heard
+            if silent > self._options.silent_seconds:
+                self._give_up(f"the engine has not been heard of for {silent:.0f} s")
+
+    def _give_up(self, why: str) -> None:
+        logger.error("%s: ending it", why)
+        if self._process and self._process.returncode is None:
+            self._process.kill()
+        self._worker_is_gone(why)
+
+    def _worker_is_gone(self, why: str) -> None:
         self._ready = False
-        error = errors.EngineUnavailableError("the engine ended while this request was running")
-        self._finish_with(error)
-        while self._waiting:
-            self._running = self._waiting.popleft()
-            self._finish_with(error)
+        running, self._running = self._running, {}
+        error = errors.EngineUnavailableError(why)
+        for each in running.values():
+            each.sink(interface.Step(request_id=each.request.request_id, token_ids=(), error=error))
         self.gone.set()
 
     def _send(self, message: channel.ToWorker) -> None:
         if self._writer is not None:
             self._writer.write(channel.encode(message))
 
-
-def _share_tiles(
-    request: interface.GenerationRequest, shared: contextlib.ExitStack
-) -> tuple[channel.SharedArray, ...]:
-    """Share the tiles of a request; leaving `shared` drops those that nobody took."""
-    tiles = []
-    for image in request.images:
-        tiles.append(channel.share(image.load()))
-        shared.callback(channel.drop, tiles[-1])
-    return tuple(tiles)
+    def _start(self, work: Any, name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
-def _to_submit(
-    request: interface.GenerationRequest, tiles: tuple[channel.SharedArray, ...]
-) -> channel.Submit:
+def _to_submit(request: interface.GenerationRequest) -> channel.Submit:
     return channel.Submit(
         request_id=request.request_id,
         token_ids=request.prompt.token_ids,
         placements=request.prompt.placements,
-        tiles=tiles,
+        content_hashes=tuple(image.content_hash for image in request.images),
         stop_token_ids=request.stop_token_ids,
         sampling=request.sampling,
         constraint=request.constraint,
+        priority=request.priority,
     )
-
-
-def _error_of(result: channel.StepResult) -> errors.RuntimeBaseError | None:
-    if result.error is None:
-        return None
-    if result.parameter is None:
-        return errors.EngineUnavailableError(result.error)
-    return errors.RequestError(result.error, parameter=result.parameter or None)
 
 
 def _start_error(message: str) -> errors.StageError:
     return errors.StageError(
         errors.Reason.CRASH_LOOP, message, remedy="read the log of the container"
     )
-
-
-def _discard(step: interface.Step) -> None:
-    del step

@@ -13,6 +13,9 @@ from internvl_runtime.model import prompt
 
 RequestId = NewType("RequestId", str)
 
+_GREEDY_TEMPERATURE = 1e-5
+"""Below this the division overflows; vLLM, too, takes such temperatures for zero."""
+
 
 class FinishReason(enum.StrEnum):
     """Why an answer ended."""
@@ -77,6 +80,16 @@ class Sampling:
     answer_index: int = 0
     """Which of the `n` answers to one prompt this is: with one seed, each is another."""
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature < _GREEDY_TEMPERATURE
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether unlikely tokens are left out."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
 
 class ConstraintKind(enum.StrEnum):
     """What an answer must look like."""
@@ -135,6 +148,53 @@ class GenerationRequest:
     stop_token_ids: frozenset[int]
     """Ids that end the answer; none with `ignore_eos`."""
     constraint: Constraint | None = None
+    priority: int = 0
+    """A lower one is served earlier."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """How a request began."""
+
+    cached_tokens: int
+    """Prompt tokens whose keys and values were there from earlier requests."""
+    queued_seconds: float
+    """From the engine's getting the request to its first step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one engine step did, for metrics and the step log."""
+
+    began: float
+    """Seconds since the engine's start."""
+    seconds: float
+    """From taking the step up to having its tokens."""
+    decodes: int
+    """Answers that went on by a token."""
+    prefill_tokens: int
+    """Prompt tokens computed."""
+    tiles: int
+    """Tiles encoded."""
+    tower_passes: int
+    running: int
+    waiting: int
+    blocks_used: int
+    """Blocks of the key/value cache that requests hold."""
+    preemptions: int
+    """Since the engine's start, as the following numbers."""
+    prompt_tokens_looked_up: int
+    prompt_tokens_found: int
+    """In the prefix cache."""
+    pictures_looked_up: int
+    pictures_found: int
+    """In the cache of picture features."""
+    picture_cache_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step."""
+        return self.decodes + self.prefill_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +206,8 @@ class Step:
     log_probabilities: tuple[TokenLogProbabilities, ...] = ()
     """One for each token, where the request asks for them."""
     finish_reason: FinishReason | None = None
+    start: Start | None = None
+    """Comes with the first token."""
     error: errors.RuntimeBaseError | None = None
     """Why the request was given up; no further step follows."""
 

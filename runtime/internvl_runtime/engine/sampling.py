@@ -12,9 +12,6 @@ import numpy.typing as npt
 
 from internvl_runtime.engine import interface
 
-_GREEDY_TEMPERATURE = 1e-5
-"""Below this the division overflows; vLLM, too, takes such temperatures for zero."""
-
 Row = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
@@ -25,11 +22,16 @@ def choose(logits: Row, sampling: interface.Sampling, *, request_id: str, positi
     With a seed the choice depends on the seed, the answer's index and the
     position in the answer alone, so that a request can be repeated.
     """
-    if sampling.temperature < _GREEDY_TEMPERATURE:
+    if sampling.is_greedy:
         return int(np.argmax(logits))
     probabilities = probabilities_of(logits, sampling)
-    origin = request_id if sampling.seed is None else f"{sampling.seed}/{sampling.answer_index}"
-    return int(np.searchsorted(np.cumsum(probabilities), uniform(origin, position), side="right"))
+    number = uniform(origin_of(sampling, request_id), position)
+    return int(np.searchsorted(np.cumsum(probabilities), number, side="right"))
+
+
+def origin_of(sampling: interface.Sampling, request_id: str) -> str:
+    """Return what an answer's random numbers come from: its seed, else its own name."""
+    return request_id if sampling.seed is None else f"{sampling.seed}/{sampling.answer_index}"
 
 
 def adjust(
@@ -66,11 +68,15 @@ def adjust(
 
 def is_adjusted(sampling: interface.Sampling) -> bool:
     """Whether penalties or bias change a row."""
+    return counts_tokens(sampling) or bool(sampling.logit_bias)
+
+
+def counts_tokens(sampling: interface.Sampling) -> bool:
+    """Whether what was said before changes a row."""
     return bool(
         sampling.repetition_penalty != 1.0
         or sampling.presence_penalty
         or sampling.frequency_penalty
-        or sampling.logit_bias
     )
 
 
@@ -122,7 +128,7 @@ def finish_reason(
     return interface.FinishReason.LENGTH if generated >= max_tokens else None
 
 
-def uniform(origin: int | str, position: int) -> float:
+def uniform(origin: str, position: int) -> float:
     """Return a number in [0, 1) that depends on its arguments alone."""
     digest = hashlib.blake2b(f"{origin}/{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

@@ -1,6 +1,7 @@
 """Recorded answers: a build writes them, and a server repeats them before it is ready."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from internvl_runtime import errors
 from internvl_runtime.engine import interface
-from internvl_runtime.engine.pytorch import generator as generators
+from internvl_runtime.engine.pytorch import core
 from internvl_runtime.model import config, conversation, prompt, tokenizer
 from internvl_runtime.vision import grid
 
@@ -30,33 +31,30 @@ class Recorded:
     """Difference of the two largest logits at each step."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _DrawnImage:
-    """A picture without a file: two tiles side by side and their thumbnail."""
+def _draw() -> npt.NDArray[np.uint8]:
+    """Return two tiles side by side and their thumbnail."""
+    size = config.TILE_SIZE
+    x, y = np.meshgrid(np.arange(2 * size), np.arange(size))
+    drawn = np.stack([(7 * x + 3 * y) % 256, (5 * x + 11 * y) % 256, (x ^ y) % 256], axis=-1)
+    left, right, thumbnail = drawn[:, :size], drawn[:, size:], drawn[:, ::2]
+    return np.stack([left, right, thumbnail]).astype(np.uint8)
 
-    content_hash: str = "verification"
-    size: int = 0
 
-    def load(self) -> npt.NDArray[np.uint8]:
-        size = config.TILE_SIZE
-        x, y = np.meshgrid(np.arange(2 * size), np.arange(size))
-        drawn = np.stack([(7 * x + 3 * y) % 256, (5 * x + 11 * y) % 256, (x ^ y) % 256], axis=-1)
-        left, right, thumbnail = drawn[:, :size], drawn[:, size:], drawn[:, ::2]
-        return np.stack([left, right, thumbnail]).astype(np.uint8)
+_DRAWN = {"verification": _draw()}
 
 
 def record(
-    generator: generators.Generator, model: config.ModelConfig, tokens: tokenizer.Tokenizer
+    engine: core.Engine, model: config.ModelConfig, tokens: tokenizer.Tokenizer
 ) -> list[Recorded]:
     """Answer an image prompt and a text prompt, greedily.
 
     Raises StageError when a logit is not finite.
     """
-    return [_answer(generator, request) for request in _requests(model, tokens)]
+    return [_answer(engine, request) for request in _requests(model, tokens)]
 
 
 def check(
-    generator: generators.Generator,
+    engine: core.Engine,
     model: config.ModelConfig,
     tokens: tokenizer.Tokenizer,
     *,
@@ -67,7 +65,7 @@ def check(
 
     A step whose recorded margin is below the dtype's tolerance ends the comparison.
     """
-    for now, raw in zip(record(generator, model, tokens), recorded, strict=True):
+    for now, raw in zip(record(engine, model, tokens), recorded, strict=True):
         before = Recorded(**raw)
         for step, (a, b) in enumerate(zip(now.token_ids, before.token_ids, strict=True)):
             if before.margins[step] < _TOLERANCES[dtype]:
@@ -81,10 +79,10 @@ def check(
                 )
 
 
-def _answer(generator: generators.Generator, request: interface.GenerationRequest) -> Recorded:
-    tiles = [image.load() for image in request.images]
-    made = [step for step in generator.generate(request, tiles) if step is not None]
-    if not all(np.isfinite(step.logits).all() for step in made):
+def _answer(engine: core.Engine, request: core.Submitted) -> Recorded:
+    steps = list(engine.answer(request, _DRAWN))
+    told = [step.log_probabilities[0] for step in steps]
+    if not all(math.isfinite(each.chosen) for each in told):
         raise errors.StageError(
             errors.Reason.VERIFICATION_FAILED,
             f"the {request.request_id} prompt gives logits that are not finite",
@@ -92,27 +90,19 @@ def _answer(generator: generators.Generator, request: interface.GenerationReques
         )
     return Recorded(
         name=request.request_id,
-        token_ids=[step.token_id for step in made],
-        margins=[_margin(step.logits) for step in made],
+        token_ids=[token_id for step in steps for token_id in step.token_ids],
+        margins=[round(each.top[0][1] - each.top[1][1], 6) for each in told],
     )
 
 
-def _margin(logits: npt.NDArray[np.float32]) -> float:
-    second, first = np.partition(logits, -2)[-2:]
-    return round(float(first - second), 6)
-
-
-def _requests(
-    model: config.ModelConfig, tokens: tokenizer.Tokenizer
-) -> Iterator[interface.GenerationRequest]:
+def _requests(model: config.ModelConfig, tokens: tokenizer.Tokenizer) -> Iterator[core.Submitted]:
     for name, parts in (("image", (conversation.Image(0), _QUESTION)), ("text", (_QUESTION,))):
         turns = conversation.place_images([conversation.Turn(conversation.Role.USER, parts)])
         segments = conversation.render(turns, system_message=model.system_message)
-        images = [_DrawnImage()] if len(parts) > 1 else []
-        yield interface.GenerationRequest(
-            request_id=interface.RequestId(name),
+        yield core.Submitted(
+            request_id=name,
             prompt=prompt.expand(segments, tiles=[grid.Grid(2, 1).tiles], tokens=tokens),
-            images=images,
-            sampling=interface.Sampling(max_tokens=_TOKENS, temperature=0.0),
+            content_hashes=list(_DRAWN),
+            sampling=interface.Sampling(max_tokens=_TOKENS, temperature=0.0, log_probabilities=2),
             stop_token_ids=frozenset(),
         )

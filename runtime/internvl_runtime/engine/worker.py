@@ -1,127 +1,198 @@
-"""The engine worker: a process that loads an engine and answers over a Unix socket.
+"""The engine worker: a process that loads an engine and answers over Unix sockets.
 
-The socket is served by the event loop; torch runs in one thread of its own,
-which takes requests from a queue and looks for cancels between steps.
+The sockets are served by the event loop and a thread for tiles; torch runs in
+one thread of its own, which takes messages from a queue between its steps.
 """
 
 import argparse
 import asyncio
 import concurrent.futures
+import json
 import logging
 import queue
 import sys
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
+import msgspec
 import torch
 
 from internvl_runtime import errors
-from internvl_runtime.engine import channel, folder, interface, verification
-from internvl_runtime.engine.pytorch import generator as generators
+from internvl_runtime.engine import channel, device, folder, grammar, interface, verification
+from internvl_runtime.engine.pytorch import core, loading, vision
 from internvl_runtime.model import prompt
 
 logger = logging.getLogger(__name__)
 
+_HEARTBEAT_SECONDS = 1.0
+_MOST_UNSENT = 64
+"""Messages that may wait for the server before the engine waits for it."""
 
-class Worker:
-    """Answers requests one after the other."""
 
-    def __init__(self, generator: generators.Generator, send: "Send") -> None:
-        self._generator = generator
-        self._send = send
-        self._requests: queue.SimpleQueue[channel.Submit | None] = queue.SimpleQueue()
-        self._unfinished: set[str] = set()
-        self._cancelled: set[str] = set()
+class Tiles(msgspec.Struct, frozen=True):
+    """A picture that has arrived."""
 
-    def submit(self, request: channel.Submit) -> None:
-        """Queue a request."""
-        self._unfinished.add(request.request_id)
-        self._requests.put(request)
+    content_hash: str
+    tiles: channel.Tiles
 
-    def cancel(self, request_id: str) -> None:
-        """Stop a request before its next step; one that has ended is none."""
-        if request_id in self._unfinished:
-            self._cancelled.add(request_id)
 
-    def stop(self) -> None:
-        """End `run` behind what was submitted before."""
-        self._requests.put(None)
-
-    def run(self) -> None:
-        """Answer requests until `stop`; runs in a thread of its own."""
-        while (request := self._requests.get()) is not None:
-            self._answer(request)
-            self._unfinished.discard(request.request_id)
-            self._cancelled.discard(request.request_id)
-
-    def _answer(self, submitted: channel.Submit) -> None:
-        try:
-            tiles = [channel.take(shared) for shared in submitted.tiles]
-            for step in self._generator.generate(_to_request(submitted), tiles):
-                if submitted.request_id in self._cancelled:
-                    self._send(channel.StepResult(submitted.request_id, (), error="cancelled"))
-                    return
-                if step is not None:
-                    self._send(_to_result(submitted.request_id, step))
-        except errors.RequestError as e:
-            self._send(
-                channel.StepResult(
-                    submitted.request_id, (), error=e.message, parameter=e.parameter or ""
-                )
-            )
-        except Exception:
-            # One request that the engine can not bear must not end those of others.
-            logger.exception("request %s failed", submitted.request_id)
-            self._send(channel.StepResult(submitted.request_id, (), error="this request failed"))
+Command = channel.ToWorker | Tiles
 
 
 class Send:
-    """Sends steps from the engine's thread through the event loop."""
+    """Sends messages from the engine's thread through the event loop, and waits when it lags."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, writer: asyncio.StreamWriter) -> None:
         self._loop = loop
         self._writer = writer
+        self._unsent = threading.Semaphore(_MOST_UNSENT)
 
-    def __call__(self, step: channel.StepResult) -> None:
-        """Send one step."""
-        message = channel.encode(channel.Steps((step,)))
-        self._loop.call_soon_threadsafe(self._writer.write, message)
+    def __call__(self, message: channel.ToServer) -> None:
+        """Send one message."""
+        self._unsent.acquire()
+        asyncio.run_coroutine_threadsafe(self._write(channel.encode(message)), self._loop)
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            self._writer.write(data)
+            await self._writer.drain()
+        except ConnectionError:
+            # The server is gone: `serve` ends the worker.
+            pass
+        finally:
+            self._unsent.release()
 
 
-def load(engine_dir: Path) -> generators.Generator:
+class Worker:
+    """Runs an engine on what arrives."""
+
+    def __init__(self, send: Send, *, step_log: TextIO | None = None) -> None:
+        self._send = send
+        self._step_log = step_log
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._step_began: float | None = None
+
+    @property
+    def step_seconds(self) -> float:
+        """For how long the engine has been in the same step."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def put(self, command: Command) -> None:
+        """Queue a command; for any thread."""
+        self._inbox.put(command)
+
+    def load_picture(self, request_id: str, index: int) -> None:
+        """Ask the server for a picture."""
+        self._send(channel.LoadPicture(request_id, index))
+
+    def run(self, engine: core.Engine) -> None:
+        """Answer until `Stop`; runs in a thread of its own."""
+        is_waiting = True
+        while True:
+            for command in self._take(wait=is_waiting):
+                if isinstance(command, channel.Stop):
+                    return
+                _apply(command, engine)
+            self._step_began = time.monotonic()
+            steps = engine.step()
+            self._step_began = None
+            is_waiting = not engine.is_busy and not steps
+            self._tell(steps, engine)
+
+    def _take(self, *, wait: bool) -> list[Command]:
+        """Return what has arrived; waits for something where there is nothing else to do."""
+        commands = [self._inbox.get()] if wait else []
+        while not self._inbox.empty():
+            commands.append(self._inbox.get())
+        return commands
+
+    def _tell(self, steps: Sequence[interface.Step], engine: core.Engine) -> None:
+        reports = tuple(engine.take_reports())
+        if self._step_log:
+            for report in reports:
+                print(json.dumps(msgspec.to_builtins(report)), file=self._step_log, flush=True)
+        if steps or reports:
+            self._send(channel.Steps(tuple(map(_to_result, steps)), reports))
+
+
+def _apply(command: Command, engine: core.Engine) -> None:
+    match command:
+        case channel.Submit():
+            engine.submit(_to_submitted(command))
+        case channel.Cancel(request_id):
+            engine.cancel(request_id)
+        case Tiles(content_hash, tiles):
+            engine.put_tiles(content_hash, tiles)
+        case channel.PictureFailed(content_hash, failure):
+            engine.fail_picture(content_hash, channel.error_of(failure))
+
+
+def load(
+    engine_dir: Path,
+    *,
+    options: loading.Options,
+    load_picture: core.LoadPicture | None = None,
+) -> core.Engine:
     """Load an engine and repeat its recorded answers."""
-    engine = folder.open_engine(engine_dir)
-    tokens = engine.load_tokenizer()
-    generator = generators.load_generator(engine, tokens)
-    verification.check(
-        generator,
-        engine.model,
-        tokens,
-        recorded=engine.read_verification(),
-        dtype=engine.dtype,
+    opened = folder.open_engine(engine_dir)
+    tokens = opened.load_tokenizer()
+    engine = loading.load_engine(
+        opened.checkpoint,
+        opened.model,
+        opened.limits,
+        options=options,
+        grammars=grammar.Compiler(tokens, vocab_size=opened.model.language.vocab_size),
+        load_picture=load_picture,
     )
-    return generator
+    verification.check(
+        engine, opened.model, tokens, recorded=opened.read_verification(), dtype=opened.dtype
+    )
+    engine.take_reports()
+    return engine
 
 
-async def serve(engine_dir: Path, socket: Path) -> None:
+async def serve(
+    engine_dir: Path, socket: Path, *, options: loading.Options, step_log: Path | None
+) -> None:
     """Connect to the server, load, and answer until it says stop or is gone."""
     reader, writer = await asyncio.open_unix_connection(socket)
     loop = asyncio.get_running_loop()
+    worker = Worker(Send(loop, writer), step_log=step_log.open("w") if step_log else None)
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
         try:
-            generator = await loop.run_in_executor(thread, load, engine_dir)
+            engine = await loop.run_in_executor(
+                thread,
+                lambda: load(engine_dir, options=options, load_picture=worker.load_picture),
+            )
         except errors.StageError as e:
             writer.write(channel.encode(channel.Failed(e.reason.value, e.message, e.remedy)))
             await writer.drain()
             return
-        worker = Worker(generator, Send(loop, writer))
-        running = loop.run_in_executor(thread, worker.run)
-        writer.write(channel.encode(channel.Ready(channel.VERSION)))
+        _start_receiving_tiles(socket, worker)
+        writer.write(channel.encode(channel.Ready(channel.VERSION, engine.scheduler.pool.count)))
+        running = loop.run_in_executor(thread, worker.run, engine)
         receiving = asyncio.ensure_future(_receive(reader, worker))
+        beating = asyncio.ensure_future(_beat(writer, worker))
         await asyncio.wait([running, receiving], return_when=asyncio.FIRST_COMPLETED)
-        worker.stop()
+        worker.put(channel.Stop())
         await running
         receiving.cancel()
+        beating.cancel()
         writer.close()
+
+
+def _start_receiving_tiles(socket: Path, worker: Worker) -> None:
+    connected = channel.connect_for_tiles(channel.tiles_path(socket))
+
+    def receive() -> None:
+        while received := channel.receive_tiles(connected, vision.TILE_SHAPE):
+            worker.put(Tiles(*received))
+
+    threading.Thread(target=receive, name="tiles", daemon=True).start()
 
 
 async def _receive(reader: asyncio.StreamReader, worker: Worker) -> None:
@@ -130,32 +201,37 @@ async def _receive(reader: asyncio.StreamReader, worker: Worker) -> None:
             message = await channel.read_to_worker(reader)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
-        match message:
-            case channel.Submit():
-                worker.submit(message)
-            case channel.Cancel(request_id):
-                worker.cancel(request_id)
-            case channel.Stop():
-                return
+        if isinstance(message, channel.Stop):
+            return
+        worker.put(message)
 
 
-def _to_request(submitted: channel.Submit) -> interface.GenerationRequest:
-    return interface.GenerationRequest(
-        request_id=interface.RequestId(submitted.request_id),
-        prompt=prompt.Prompt(submitted.token_ids, submitted.placements),
-        images=(),
-        sampling=submitted.sampling,
-        stop_token_ids=submitted.stop_token_ids,
-        constraint=submitted.constraint,
+async def _beat(writer: asyncio.StreamWriter, worker: Worker) -> None:
+    while True:
+        await asyncio.sleep(_HEARTBEAT_SECONDS)
+        writer.write(channel.encode(channel.Heartbeat(worker.step_seconds)))
+
+
+def _to_submitted(submit: channel.Submit) -> core.Submitted:
+    return core.Submitted(
+        request_id=submit.request_id,
+        prompt=prompt.Prompt(submit.token_ids, submit.placements),
+        content_hashes=submit.content_hashes,
+        sampling=submit.sampling,
+        stop_token_ids=submit.stop_token_ids,
+        constraint=submit.constraint,
+        priority=submit.priority,
     )
 
 
-def _to_result(request_id: str, step: generators.Generated) -> channel.StepResult:
+def _to_result(step: interface.Step) -> channel.StepResult:
     return channel.StepResult(
-        request_id,
-        (step.token_id,),
+        request_id=step.request_id,
+        token_ids=step.token_ids,
         log_probabilities=step.log_probabilities,
         finish_reason=step.finish_reason,
+        start=step.start,
+        failure=channel.failure_of(step.error) if step.error else None,
     )
 
 
@@ -165,10 +241,20 @@ def main() -> int:
     parser.add_argument("--engine", type=Path, required=True)
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--kv-cache-bytes", type=int, required=True)
+    parser.add_argument("--picture-cache-bytes", type=int, required=True)
+    parser.add_argument("--step-log", type=Path)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    asyncio.run(serve(arguments.engine, arguments.socket))
+    options = loading.Options(
+        device=device.default_device(),
+        kv_cache_bytes=arguments.kv_cache_bytes,
+        picture_cache_bytes=arguments.picture_cache_bytes,
+    )
+    asyncio.run(
+        serve(arguments.engine, arguments.socket, options=options, step_log=arguments.step_log)
+    )
     return 0
 
 

@@ -3,6 +3,7 @@
 import codecs
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ class Delta:
     token_ids: tuple[int, ...]
     log_probabilities: tuple[interface.TokenLogProbabilities, ...] = ()
     finish_reason: str | None = None
+    cached_tokens: int = 0
+    """Of the prompt; told with the first delta of an answer."""
 
 
 class Format(Protocol):
@@ -170,6 +173,20 @@ def count_prompt_tokens(requests: Sequence[interface.GenerationRequest]) -> int:
     return sum(len(prompt.token_ids) for prompt in prompts.values())
 
 
+class Tally:
+    """Counts the tokens of a response while its deltas come."""
+
+    def __init__(self) -> None:
+        self.completion_tokens = 0
+        self.cached_tokens: Counter[int] = Counter()
+        """By the answer's index."""
+
+    def add(self, delta: Delta) -> None:
+        """Count a delta."""
+        self.completion_tokens += len(delta.token_ids)
+        self.cached_tokens[delta.index] += delta.cached_tokens
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
     """The response to one HTTP request: its generation requests, and how it is written."""
@@ -189,11 +206,13 @@ class Answer:
             token_ids = [token_id for delta in own for token_id in delta.token_ids]
             ids = self._prompt_token_ids(index) | self._token_ids(token_ids)
             choices.append(self.format.whole(index, own) | ids)
-        completion_tokens = sum(len(delta.token_ids) for delta in deltas)
+        tally = Tally()
+        for delta in deltas:
+            tally.add(delta)
         return {
             **self._head(self.format.object_name),
             "choices": choices,
-            "usage": self.usage(completion_tokens),
+            "usage": self.usage(tally),
             **self._first_prompt(0),
         }
 
@@ -211,17 +230,21 @@ class Answer:
         """Return the chunk of one step."""
         return self._chunk([self.format.part(delta) | self._token_ids(delta.token_ids)])
 
-    def usage_chunk(self, completion_tokens: int) -> Json:
+    def usage_chunk(self, tally: Tally) -> Json:
         """Return the chunk that closes a stream with its usage."""
-        return {**self._chunk([]), "usage": self.usage(completion_tokens)}
+        return {**self._chunk([]), "usage": self.usage(tally)}
 
-    def usage(self, completion_tokens: int) -> Json:
-        """Return token counts."""
+    def usage(self, tally: Tally) -> Json:
+        """Return token counts; of several answers to one prompt the first one's cache counts."""
+        firsts = {id(each.prompt): index for index, each in reversed([*enumerate(self.requests)])}
         prompt_tokens = count_prompt_tokens(self.requests)
         return schemas.Usage(
             prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
+            completion_tokens=tally.completion_tokens,
+            total_tokens=prompt_tokens + tally.completion_tokens,
+            prompt_tokens_details=schemas.PromptTokensDetails(
+                cached_tokens=sum(tally.cached_tokens[index] for index in firsts.values())
+            ),
         ).model_dump()
 
     def _chunk(self, choices: list[Json]) -> Json:

@@ -54,14 +54,16 @@ def create_app(api: routes.Api, *, config: settings.Settings, draining: drain.Dr
     return identity.RequestIds(drain.DrainMiddleware(wrapped, drain=draining))
 
 
-async def serve(engine_dir: Path, *, config: settings.Settings) -> None:
+async def serve(
+    engine_dir: Path, *, config: settings.Settings, step_log: Path | None = None
+) -> None:
     """Serve an engine until SIGTERM; raises StageError when it can not start or its worker dies."""
     _name_requests_in_logs()
     # Pillow warns of what its decoders find; a broken picture is told to its sender.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     opened = folder.open_engine(engine_dir)
     engine = client.WorkerEngine(
-        opened, threads=config.torch_threads, start_seconds=config.worker_start_seconds
+        opened, _worker_options(config, step_log), observe=metrics.StepObserver()
     )
     fetcher = fetch.Fetcher(fetch_policy(config))
     preparer = prepare.create_preparer(
@@ -102,6 +104,19 @@ async def serve(engine_dir: Path, *, config: settings.Settings) -> None:
         await _run(server, engine)
     finally:
         await fetcher.close()
+
+
+def _worker_options(config: settings.Settings, step_log: Path | None) -> client.WorkerOptions:
+    return client.WorkerOptions(
+        threads=config.torch_threads,
+        start_seconds=config.worker_start_seconds,
+        silent_seconds=config.worker_silent_seconds,
+        step_seconds=config.worker_step_seconds,
+        loading_threads=config.preparation_threads,
+        kv_cache_bytes=config.kv_cache_bytes,
+        picture_cache_bytes=config.picture_cache_bytes,
+        step_log=step_log,
+    )
 
 
 def fetch_policy(config: settings.Settings) -> fetch.FetchPolicy:
@@ -156,6 +171,7 @@ async def _run(server: uvicorn.Server, engine: client.WorkerEngine) -> None:
         if starting.done():
             starting.result()
             metrics.ENGINE_UP.set(1)
+            metrics.CACHE_BLOCKS.set(engine.blocks)
             logger.info("the engine is ready")
             await _wait_for_end(serving, engine)
     finally:

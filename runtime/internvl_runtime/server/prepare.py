@@ -132,6 +132,7 @@ class Preparer:
                     ),
                     stop_token_ids=frozenset() if body.ignore_eos else self.tokens.stop_ids,
                     constraint=constraint,
+                    priority=body.priority or 0,
                 )
                 for number in range(answers)
             ]

@@ -187,6 +187,8 @@ class SamplingFields(_Body):
         _StopText | Annotated[tuple[_StopText, ...], pydantic.Field(max_length=_MOST_STOPS)] | None
     ) = None
     seed: Annotated[int, pydantic.Field(ge=-(2**63), lt=2**63)] | None = None
+    priority: Annotated[int, pydantic.Field(ge=-100, le=100)] | None = None
+    """A lower one is served earlier; 0 where it is left out."""
     presence_penalty: Annotated[float, pydantic.Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, pydantic.Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, pydantic.Field(ge=0.01, le=10)] | None = None
@@ -281,9 +283,17 @@ class TokenizeRequest(_Body):
         return self
 
 
+class PromptTokensDetails(pydantic.BaseModel):
+    """What is known of the prompt's tokens."""
+
+    cached_tokens: int
+    """Tokens that an earlier request had in front, computed and kept."""
+
+
 class Usage(pydantic.BaseModel):
     """Token counts; image tokens count as prompt tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails

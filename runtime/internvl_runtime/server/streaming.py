@@ -78,23 +78,20 @@ class _Choice:
         self.reason = "cancelled"
         self._decoder = tokenizer.IncrementalDecoder(tokens)
         self._stops = stops.StopFinder(stop)
-        self._admitted = 0.0
-        self._is_first = True
+        self._admitted = self._last = 0.0
 
     def admit(self) -> None:
         self._admitted = time.monotonic()
-        metrics.REQUESTS_WAITING.inc()
+        metrics.REQUESTS_ADMITTED.inc()
 
     def leave(self) -> None:
-        metrics.REQUESTS_WAITING.dec()
+        metrics.REQUESTS_ADMITTED.dec()
+        metrics.REQUEST_TIME.observe(time.monotonic() - self._admitted)
         metrics.REQUESTS.labels(self.reason).inc()
 
     def take(self, step: interface.Step) -> answers.Delta:
         """Return what a step adds; a stop text ends the answer as a stop token does."""
-        if self._is_first:
-            metrics.TIME_TO_FIRST_TOKEN.observe(time.monotonic() - self._admitted)
-            self._is_first = False
-        metrics.GENERATION_TOKENS.inc(len(step.token_ids))
+        self._observe(step)
         decoded = self._decoder.push(step.token_ids, final=step.is_last)
         text = self._stops.push(decoded, final=step.is_last)
         finish = interface.FinishReason.STOP if self._stops.is_found else step.finish_reason
@@ -105,7 +102,18 @@ class _Choice:
             token_ids=step.token_ids,
             log_probabilities=step.log_probabilities,
             finish_reason=finish.value if finish else None,
+            cached_tokens=step.start.cached_tokens if step.start else 0,
         )
+
+    def _observe(self, step: interface.Step) -> None:
+        now = time.monotonic()
+        if step.start:
+            metrics.TIME_TO_FIRST_TOKEN.observe(now - self._admitted)
+            metrics.QUEUE_TIME.observe(step.start.queued_seconds)
+        else:
+            metrics.INTER_TOKEN_LATENCY.observe(now - self._last)
+        self._last = now
+        metrics.GENERATION_TOKENS.inc(len(step.token_ids))
 
 
 async def events(
@@ -119,17 +127,18 @@ async def events(
     for opening in answer.opening_chunks():
         yield _event(opening)
     yield _event(answer.chunk(first))
-    completion_tokens = len(first.token_ids)
+    tally = answers.Tally()
+    tally.add(first)
     failure: errors.RuntimeBaseError | None = None
     async with contextlib.aclosing(deltas):
         try:
             async for delta in deltas:
-                completion_tokens += len(delta.token_ids)
+                tally.add(delta)
                 yield _event(answer.chunk(delta))
         except errors.RuntimeBaseError as e:
             failure = e
     if answer.stream_usage:
-        yield _event(answer.usage_chunk(completion_tokens))
+        yield _event(answer.usage_chunk(tally))
     yield _event(http_errors.describe(failure)[1]) if failure else _DONE
 
 

@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from internvl_runtime import errors
 from internvl_runtime.engine import channel, folder, interface
-from internvl_runtime.engine.pytorch import language, vision
+from internvl_runtime.engine.pytorch import attention, vision
 from internvl_runtime.model import prompt
 
 FLAGS = {
@@ -17,7 +19,7 @@ FLAGS = {
     [
         channel.Submit(
             request_id="r", token_ids=(1, 2), placements=(prompt.ImagePlacement(0, 1, 256),),
-            tiles=(channel.SharedArray("n", (1, 448, 448, 3)),), stop_token_ids=frozenset({2}),
+            content_hashes=("a",), stop_token_ids=frozenset({2}), priority=-1,
             sampling=interface.Sampling(max_tokens=3, logit_bias=((4, -1.5),), seed=2**62),
             constraint=interface.Constraint(interface.ConstraintKind.JSON_SCHEMA, "{}"),
         ),
@@ -34,14 +36,20 @@ async def test_messages_arrive_as_they_were_sent(message):
     assert await channel.read_to_worker(reader) == message
 
 
-def test_shared_tiles_are_taken_once_and_leave_nothing():
-    tiles = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    shared = channel.share(tiles)
-
-    assert np.array_equal(channel.take(shared), tiles)
-    with pytest.raises(FileNotFoundError):
-        channel.take(shared)
-    channel.drop(shared)
+def test_tiles_travel_as_memory_without_a_name(tmp_path):
+    tiles = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
+    with channel.listen_for_tiles(tmp_path / "s") as listening:
+        worker = channel.connect_for_tiles(tmp_path / "s")
+        server, _ = listening.accept()
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    channel.send_tiles(server, "hash", tiles)
+    name, received = channel.receive_tiles(worker, (2, 2, 3))
+    assert name == "hash"
+    assert np.array_equal(received, tiles)
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors + 1, "the mapping's own"
+    server.close()
+    assert channel.receive_tiles(worker, (2, 2, 3)) is None
+    worker.close()
 
 
 def test_pixel_shuffle_puts_the_four_neighbours_into_channels():
@@ -52,9 +60,9 @@ def test_pixel_shuffle_puts_the_four_neighbours_into_channels():
 
 
 def test_a_chunk_sees_the_past_and_its_own_beginning():
-    mask = language.causal_mask(past=2, new=2)
+    mask = attention.causal_mask(past=2, new=2)
     assert mask.tolist() == [[True, True, True, False], [True] * 4]
-    assert language.causal_mask(past=5, new=1) is None
+    assert attention.causal_mask(past=5, new=1) is None
 
 
 def test_build_flags_survive_a_round_trip():

@@ -12,10 +12,11 @@ import torch.nn.functional as F  # noqa: N812
 from internvl_runtime.engine.pytorch import weights as loading
 from internvl_runtime.model import config
 
+TILE_SHAPE = (config.TILE_SIZE, config.TILE_SIZE, 3)
+"""Of the uint8 pixels of one tile."""
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 _PROJECTOR_EPS = 1e-5
-_TILES_PER_PASS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,6 @@ class VisionTower:
 
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
         """Return the features of uint8 tiles [N, 448, 448, 3]: [N, 256, hidden of the LLM]."""
-        parts = [self.encode_pass(part) for part in tiles.split(_TILES_PER_PASS)]
-        return torch.cat(parts)
-
-    def encode_pass(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Return the features of as many tiles as memory holds at once."""
         hidden = self._embed(normalize(tiles, dtype=self.weights["mlp1.0.weight"].dtype))
         encoder = self.weights.below("vision_model.encoder.layers")
         for layer in encoder.layers(self.vision.num_hidden_layers):

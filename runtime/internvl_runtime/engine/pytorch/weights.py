@@ -31,7 +31,7 @@ class Weights:
         return self._tensors.get(self._prefix + name)
 
 
-def load_weights(path: Path) -> Weights:
-    """Read a safetensors file, memory-mapped."""
-    with safetensors.safe_open(path, framework="pt") as file:
+def load_weights(path: Path, device: torch.device) -> Weights:
+    """Read a safetensors file: memory-mapped on the CPU, straight to a GPU otherwise."""
+    with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
         return Weights({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

@@ -1,0 +1,451 @@
+"""The engine: requests go in, steps come out.
+
+One thread calls everything here. A step plans, encodes pictures, computes and
+chooses; with `lag` 1 its tokens are fetched only when the next step has been
+given to the device, so that a GPU never waits for Python.
+"""
+
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from internvl_runtime import errors
+from internvl_runtime.engine import grammar, interface, sampling
+from internvl_runtime.engine.pytorch import (
+    block_pool,
+    gallery,
+    runner,
+    sampler,
+    scheduler,
+)
+from internvl_runtime.model import config, prompt
+
+logger = logging.getLogger(__name__)
+
+_RECOVERY_STEPS = 64
+"""Steps without a failure after which a reduced token budget doubles."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """A request as the engine gets it: pictures by content hash."""
+
+    request_id: str
+    prompt: prompt.Prompt
+    content_hashes: Sequence[str]
+    """Of picture i of the request."""
+    sampling: interface.Sampling
+    stop_token_ids: frozenset[int]
+    constraint: interface.Constraint | None = None
+    priority: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class _Answer:
+    """What the engine keeps of a request besides its sequence."""
+
+    request: Submitted
+    sequence: scheduler.Sequence_
+    arrived: float
+    matcher: grammar.Matcher | None = None
+    seen: sampler.Seen | None = None
+    started: float | None = None
+    is_first: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _UnderWay:
+    step: scheduler.Step
+    launched: runner.Launched
+    began: float
+    tiles: int
+    passes: int
+
+
+class _RowError(Exception):
+    """Raised when a request's next token can not be chosen."""
+
+    def __init__(self, request_id: str, error: errors.RequestError) -> None:
+        super().__init__(error.message)
+        self.request_id = request_id
+        self.error = error
+
+
+LoadPicture = Callable[[str, int], None]
+"""Asks for picture `index` of a request; `put_tiles` or `fail` brings the answer."""
+
+
+class Engine:
+    """Answers requests in batches."""
+
+    def __init__(
+        self,
+        model: runner.Runner,
+        planner_limits: scheduler.Limits,
+        pool: block_pool.BlockPool,
+        pictures: gallery.Gallery,
+        *,
+        grammars: grammar.Compiler | None,
+        load: LoadPicture,
+        lag: int,
+        max_sequence_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler = scheduler.Scheduler(planner_limits, pool, can_start=self._can_start)
+        self.runner = model
+        self.pictures = pictures
+        self._reports: list[interface.StepReport] = []
+        self._grammars = grammars
+        self._load = load
+        self._lag = lag
+        self._max_sequence_tokens = max_sequence_tokens
+        self._clock = clock
+        self._started = clock()
+        self._answers: dict[str, _Answer] = {}
+        self._under_way: deque[_UnderWay] = deque()
+        self._failed: list[interface.Step] = []
+        self._good_steps = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether another step would do something without anything new."""
+        return bool(self._under_way or self._failed or self.scheduler.running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is not answered yet."""
+        return bool(self._answers or self._under_way or self._failed)
+
+    def take_reports(self) -> list[interface.StepReport]:
+        """Return what steps did since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    def submit(self, request: Submitted, tiles: Mapping[str, gallery.Tiles] | None = None) -> None:
+        """Queue a request; one that can not be answered gets a step with an error.
+
+        `tiles` are of pictures that are at hand already, by content hash.
+        """
+        for content_hash, own in (tiles or {}).items():
+            self.pictures.offer(content_hash, own)
+        try:
+            self._submit(request)
+        except errors.RuntimeBaseError as e:
+            self._failed.append(_failure(request.request_id, e))
+
+    def _submit(self, request: Submitted) -> None:
+        token_ids = request.prompt.token_ids
+        room = self._max_sequence_tokens - len(token_ids)
+        max_tokens = min(request.sampling.max_tokens, room)
+        capacity = self.scheduler.pool.count
+        if block_pool.blocks_for(len(token_ids) + max_tokens) > capacity:
+            most = capacity * block_pool.BLOCK_TOKENS
+            raise errors.RequestError(
+                f"{len(token_ids)} prompt tokens and {max_tokens} of an answer do not fit into the "
+                f"key/value cache of {most} tokens: shorten the prompt or ask for fewer tokens",
+                parameter="max_tokens",
+                code="context_length_exceeded",
+            )
+        matcher = None
+        if request.constraint and self._grammars:
+            matcher = self._grammars.start(request.constraint)
+        sequence = self.scheduler.add(
+            request.request_id,
+            token_ids,
+            max_tokens=max_tokens,
+            pictures=tuple(
+                (placement, request.content_hashes[placement.index])
+                for placement in request.prompt.placements
+            ),
+            priority=request.priority,
+            waits_for_tokens=matcher is not None,
+        )
+        self._answers[request.request_id] = _Answer(request, sequence, self._clock(), matcher)
+        for content_hash in request.content_hashes:
+            self.pictures.look_up(content_hash)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; one that has ended is none."""
+        if request_id in self._answers:
+            self._end(request_id)
+
+    def put_tiles(self, content_hash: str, tiles: gallery.Tiles) -> None:
+        """Take in a picture's tiles, uint8 [N, 448, 448, 3]."""
+        self.pictures.put_tiles(content_hash, tiles)
+
+    def fail_picture(self, content_hash: str, error: errors.RuntimeBaseError) -> None:
+        """Give up the requests that need a picture which can not be loaded."""
+        self.pictures.forget(content_hash)
+        for request_id, answer in list(self._answers.items()):
+            if content_hash in answer.request.content_hashes:
+                self._fail(request_id, error)
+
+    def step(self) -> list[interface.Step]:
+        """Compute one step; returns what the step `lag` before it has chosen, and failures.
+
+        Returns nothing where every request waits for its pictures.
+        """
+        began = self._clock()
+        planned = self.scheduler.plan()
+        launched = planned is not None and self._launch(planned, began)
+        made = []
+        if self._under_way and (not launched or len(self._under_way) > self._lag):
+            made = list(self._collect(self._under_way.popleft()))
+        made += self._failed
+        self._failed = []
+        return made
+
+    def answer(
+        self, request: Submitted, tiles: Mapping[str, gallery.Tiles] | None = None
+    ) -> Iterator[interface.Step]:
+        """Yield the steps of one request, run alone. Raises its error."""
+        self.submit(request, tiles)
+        while self.has_work:
+            for step in self.step():
+                if step.error:
+                    raise step.error
+                yield step
+
+    def _can_start(self, sequence: scheduler.Sequence_, cached_tokens: int) -> bool:
+        """Whether the pictures behind the cached tokens are at hand; asks for them."""
+        wanted = _pictures_behind(sequence, cached_tokens)
+        missing = self.pictures.missing(wanted)
+        if missing:
+            indexes = {
+                content_hash: index
+                for index, content_hash in enumerate(
+                    self._answers[sequence.request_id].request.content_hashes
+                )
+            }
+            self.pictures.ask(
+                missing, lambda content: self._load(sequence.request_id, indexes[content])
+            )
+        return not missing
+
+    def _launch(self, step: scheduler.Step, began: float) -> bool:
+        """Give a step to the device; False when it had to be taken back."""
+        passes, tiles = self.runner.tower_passes, self.runner.tiles_encoded
+        try:
+            rows = self._rows(step)
+            self._encode(step)
+            launched = self.runner.launch(step, rows, self.pictures)
+        except _RowError as e:
+            self.scheduler.undo(step)
+            self._fail(e.request_id, e.error)
+            return False
+        except Exception as e:
+            self.scheduler.undo(step)
+            if _is_out_of_memory(e):
+                self._survive(step)
+                return False
+            if self.runner.model.device.type == "cuda":
+                # A kernel that failed leaves the device in an unknown state.
+                raise
+            logger.exception("a step failed")
+            for chunk in step.chunks:
+                self._fail(
+                    chunk.sequence.request_id,
+                    errors.EngineUnavailableError("this request failed; the server's log says why"),
+                )
+            return False
+        for chunk in step.chunks:
+            answer = self._answers[chunk.sequence.request_id]
+            answer.started = answer.started or began
+        tiles, passes = self.runner.tiles_encoded - tiles, self.runner.tower_passes - passes
+        self._under_way.append(_UnderWay(step, launched, began, tiles, passes))
+        self._recover()
+        return True
+
+    def _encode(self, step: scheduler.Step) -> None:
+        """Encode the pictures of a step, and waiting ones with them while passes have room."""
+        wanted = {
+            each.content_hash: self.pictures.waiting[each.content_hash]
+            for chunk in step.chunks
+            for each in _pictures_behind(chunk.sequence, chunk.start, before=chunk.end)
+            if not self.pictures.is_encoded(each.content_hash)
+        }
+        if not wanted:
+            return
+        self._fill_pass(wanted)
+        needed = {
+            each.content_hash
+            for sequence in self.scheduler.running
+            for each in _pictures_behind(sequence, sequence.completed)
+        }
+        for content_hash, features in self.runner.encode(wanted):
+            self.pictures.put_features(content_hash, features, needed=needed)
+
+    def _fill_pass(self, wanted: dict[str, gallery.Tiles]) -> None:
+        """Add waiting pictures while the tower's last pass has room for them."""
+        size = self.runner.tiles_per_pass
+        room = -sum(map(len, wanted.values())) % size
+        bytes_per_tile = self.runner.feature_bytes_per_tile
+        for content_hash, tiles in self.pictures.waiting.items():
+            fits = self.pictures.has_room_for(
+                bytes_per_tile * (len(tiles) + sum(map(len, wanted.values())))
+            )
+            if content_hash not in wanted and len(tiles) <= room and fits:
+                wanted[content_hash] = tiles
+                room -= len(tiles)
+
+    def _rows(self, step: scheduler.Step) -> list[sampler.Row]:
+        rows = []
+        for chunk in step.chunks:
+            answer = self._answers[chunk.sequence.request_id]
+            try:
+                if chunk.chooses:
+                    rows.append(self._row(answer, chunk.position))
+            except errors.RequestError as e:
+                raise _RowError(chunk.sequence.request_id, e) from e
+        return rows
+
+    def _row(self, answer: _Answer, position: int) -> sampler.Row:
+        request = answer.request
+        if answer.seen is None and sampling.counts_tokens(request.sampling):
+            answer.seen = sampler.watch(
+                request.prompt.token_ids, vocab_size=self.runner.model.language.vocab_size,
+                device=self.runner.model.device,
+            )  # fmt: skip
+        return sampler.Row(
+            sampling=request.sampling,
+            origin=sampling.origin_of(request.sampling, request.request_id),
+            position=position,
+            seen=answer.seen,
+            allowed=answer.matcher.allowed() if answer.matcher else None,
+        )
+
+    def _collect(self, under_way: _UnderWay) -> Iterator[interface.Step]:
+        launched = under_way.launched
+        chosen = launched.chosen.token_ids.tolist()
+        told = sampler.tell(launched.chosen, launched.rows)
+        names = [chunk.sequence.request_id for chunk in launched.chunks]
+        self.scheduler.complete(under_way.step, dict(zip(names, chosen, strict=True)))
+        for row, (chunk, token_id) in enumerate(zip(launched.chunks, chosen, strict=True)):
+            answer = self._answers.get(chunk.sequence.request_id)
+            if answer is not None and answer.sequence is chunk.sequence:
+                yield self._step_of(answer, chunk, token_id, told.get(row))
+        self._report(under_way)
+
+    def _step_of(
+        self,
+        answer: _Answer,
+        chunk: scheduler.Chunk,
+        token_id: int,
+        told: interface.TokenLogProbabilities | None,
+    ) -> interface.Step:
+        request, sequence = answer.request, answer.sequence
+        finish = sampling.finish_reason(
+            token_id,
+            stop_token_ids=request.stop_token_ids,
+            generated=chunk.position + 1,
+            max_tokens=sequence.max_tokens,
+        )
+        if answer.matcher:
+            answer.matcher.accept(token_id)
+            if answer.matcher.is_finished:
+                finish = interface.FinishReason.STOP
+        start = None
+        if answer.is_first:
+            answer.is_first = False
+            queued = (answer.started or answer.arrived) - answer.arrived
+            start = interface.Start(cached_tokens=sequence.cached_tokens, queued_seconds=queued)
+        if finish:
+            self._end(request.request_id)
+        return interface.Step(
+            request_id=interface.RequestId(request.request_id),
+            token_ids=(token_id,),
+            log_probabilities=(told,) if told else (),
+            finish_reason=finish,
+            start=start,
+        )
+
+    def _end(self, request_id: str) -> None:
+        self.scheduler.remove(request_id)
+        answer = self._answers.pop(request_id)
+        others = {
+            content_hash
+            for other in self._answers.values()
+            for content_hash in other.request.content_hashes
+        }
+        for content_hash in answer.request.content_hashes:
+            if content_hash not in others:
+                self.pictures.forget(content_hash)
+
+    def _fail(self, request_id: str, error: errors.RuntimeBaseError) -> None:
+        self._end(request_id)
+        self._failed.append(_failure(request_id, error))
+
+    def _survive(self, step: scheduler.Step) -> None:
+        """Go on after a step that memory was too short for: smaller, or without a request."""
+        self._good_steps = 0
+        self.pictures.shrink(0, needed={h for c in step.chunks for _, h in c.sequence.pictures})
+        if self.runner.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if step.tokens > 1 and self.scheduler.budget > 1:
+            self.scheduler.budget = max(1, min(self.scheduler.budget, step.tokens) // 2)
+            self.runner.tiles_per_pass = max(1, self.runner.tiles_per_pass // 2)
+            logger.warning("out of memory: steps have %d tokens now", self.scheduler.budget)
+            return
+        self._fail(
+            step.chunks[0].sequence.request_id,
+            errors.EngineUnavailableError(
+                "there is not enough memory for this request; send it alone, or make it smaller"
+            ),
+        )
+
+    def _recover(self) -> None:
+        """Let steps grow again, some time after memory was short."""
+        self._good_steps += 1
+        limit = self.scheduler.limits.max_batched_tokens
+        if self.scheduler.budget < limit and self._good_steps % _RECOVERY_STEPS == 0:
+            self.scheduler.budget = min(limit, 2 * self.scheduler.budget)
+            self.runner.tiles_per_pass = min(
+                self.runner.most_tiles_per_pass, 2 * self.runner.tiles_per_pass
+            )
+
+    def _report(self, under_way: _UnderWay) -> None:
+        step, planner, pictures = under_way.step, self.scheduler, self.pictures
+        self._reports.append(
+            interface.StepReport(
+                began=under_way.began - self._started,
+                seconds=self._clock() - under_way.began,
+                decodes=step.decodes,
+                prefill_tokens=step.tokens - step.decodes,
+                tiles=under_way.tiles,
+                tower_passes=under_way.passes,
+                running=len(planner.running),
+                waiting=len(planner.waiting),
+                blocks_used=planner.pool.count - planner.pool.free,
+                preemptions=planner.preemptions,
+                prompt_tokens_looked_up=planner.prompt_tokens_looked_up,
+                prompt_tokens_found=planner.prompt_tokens_found,
+                pictures_looked_up=pictures.lookups,
+                pictures_found=pictures.hits,
+                picture_cache_bytes=pictures.feature_bytes,
+            )
+        )
+
+
+def _pictures_behind(
+    sequence: scheduler.Sequence_, start: int, *, before: int | None = None
+) -> list[gallery.Wanted]:
+    """Return the pictures with tokens at `start` or later, and before `before`."""
+    return [
+        gallery.Wanted(content_hash, placement.length // config.TOKENS_PER_TILE)
+        for placement, content_hash in sequence.pictures
+        if placement.offset + placement.length > start
+        and (before is None or placement.offset < before)
+    ]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    is_cpu = "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_cpu
+
+
+def _failure(request_id: str, error: errors.RuntimeBaseError) -> interface.Step:
+    return interface.Step(request_id=interface.RequestId(request_id), token_ids=(), error=error)

@@ -1,0 +1,116 @@
+"""Pictures on the engine's side: tiles that wait for the tower, and features that it made.
+
+Both are known by content hash. Features stay within a budget of bytes, the
+longest unused go first; those that a running sequence still needs stay in any
+case. Tiles are asked for only as far ahead as there is room for them.
+"""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Tiles = npt.NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A picture that a sequence needs: its hash and its number of tiles."""
+
+    content_hash: str
+    tiles: int
+
+
+class Gallery:
+    """Keeps tiles and features."""
+
+    def __init__(self, *, max_feature_bytes: int, max_waiting_tiles: int) -> None:
+        self.hits = 0
+        self.lookups = 0
+        self._max_feature_bytes = max_feature_bytes
+        self._max_waiting_tiles = max_waiting_tiles
+        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._feature_bytes = 0
+        self._tiles: dict[str, Tiles] = {}
+        self._asked: dict[str, int] = {}
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of all features."""
+        return self._feature_bytes
+
+    @property
+    def waiting(self) -> Mapping[str, Tiles]:
+        """Tiles at hand, in the order of their arrival."""
+        return self._tiles
+
+    def has(self, content_hash: str) -> bool:
+        """Whether tiles or features of a picture are at hand."""
+        return content_hash in self._features or content_hash in self._tiles
+
+    def look_up(self, content_hash: str) -> None:
+        """Count a request's picture, as found where nobody has to encode it for this request."""
+        self.lookups += 1
+        self.hits += self.has(content_hash) or content_hash in self._asked
+
+    def missing(self, wanted: Iterable[Wanted]) -> list[Wanted]:
+        """Return those of which nothing is at hand."""
+        return [each for each in wanted if not self.has(each.content_hash)]
+
+    def ask(self, wanted: Collection[Wanted], load: Callable[[str], None]) -> None:
+        """Ask for the tiles of pictures, all or none: none where there is no room for them."""
+        new = {e.content_hash: e.tiles for e in wanted if e.content_hash not in self._asked}
+        held = sum(self._asked.values()) + sum(len(tiles) for tiles in self._tiles.values())
+        if held and held + sum(new.values()) > self._max_waiting_tiles:
+            return
+        self._asked |= new
+        for content_hash in new:
+            load(content_hash)
+
+    def offer(self, content_hash: str, tiles: Tiles) -> None:
+        """Take in tiles that nobody has asked for."""
+        if not self.has(content_hash):
+            self._tiles[content_hash] = tiles
+
+    def put_tiles(self, content_hash: str, tiles: Tiles) -> None:
+        """Take in tiles that were asked for; others are dropped."""
+        if self._asked.pop(content_hash, 0):
+            self._tiles[content_hash] = tiles
+
+    def forget(self, content_hash: str) -> None:
+        """Give up a picture that nobody needs any more, or that can not be loaded."""
+        self._asked.pop(content_hash, None)
+        self._tiles.pop(content_hash, None)
+
+    def features(self, content_hash: str) -> torch.Tensor:
+        """Return [tokens, hidden] of a picture that was encoded."""
+        self._features.move_to_end(content_hash)
+        return self._features[content_hash]
+
+    def is_encoded(self, content_hash: str) -> bool:
+        """Whether the features of a picture are at hand."""
+        return content_hash in self._features
+
+    def put_features(
+        self, content_hash: str, features: torch.Tensor, *, needed: Collection[str]
+    ) -> None:
+        """Keep features instead of tiles; drops old ones that are not `needed`."""
+        self._tiles.pop(content_hash, None)
+        self._features[content_hash] = features
+        self._feature_bytes += features.nbytes
+        self.shrink(self._max_feature_bytes, needed={content_hash, *needed})
+
+    def has_room_for(self, num_bytes: int) -> bool:
+        """Whether features of that size could stay."""
+        return self._feature_bytes + num_bytes <= self._max_feature_bytes
+
+    def shrink(self, max_bytes: int, *, needed: Collection[str]) -> None:
+        """Drop the longest unused features until they fit."""
+        for content_hash in list(self._features):
+            if self._feature_bytes <= max_bytes:
+                return
+            if content_hash not in needed:
+                self._feature_bytes -= self._features.pop(content_hash).nbytes

@@ -1,0 +1,164 @@
+"""Loads a rank checkpoint into an engine, and gives the cache the memory that is left."""
+
+import dataclasses
+import importlib.util
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from internvl_runtime import errors
+from internvl_runtime.engine import device, grammar, interface
+from internvl_runtime.engine.pytorch import (
+    attention,
+    block_pool,
+    core,
+    flashinfer,
+    gallery,
+    language,
+    runner,
+    scheduler,
+    vision,
+    weights,
+)
+from internvl_runtime.model import config
+
+logger = logging.getLogger(__name__)
+
+_TILES_PER_PASS = {"cpu": 8, "cuda": 64}
+"""Tiles in one pass of the tower: enough to fill the device, few enough to hold."""
+_WAITING_TILES = 512
+"""Tiles that may wait for the tower: 294 MiB."""
+_CPU_CACHE_BYTES = 4 * 2**30
+_GPU_MEMORY_SHARE = 0.92
+"""Of the GPU's memory that the engine takes; the rest is for the allocator's fragments."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the settings say about an engine in a process."""
+
+    device: str = "cpu"
+    kv_cache_bytes: int = 0
+    """Most bytes of the key/value cache; 0: 4 GiB on a CPU, what is free on a GPU."""
+    picture_cache_bytes: int = 512 * 2**20
+    """Bytes of picture features that stay for the next request."""
+
+
+def load_engine(
+    checkpoint: Path,
+    model: config.ModelConfig,
+    limits: interface.EngineLimits,
+    *,
+    options: Options,
+    grammars: grammar.Compiler | None = None,
+    load_picture: core.LoadPicture | None = None,
+) -> core.Engine:
+    """Load a checkpoint. Raises StageError when the memory is too small for one request."""
+    place = torch.device(options.device)
+    tower = vision.VisionTower(
+        model.vision, weights.load_weights(checkpoint / "vision.safetensors", place)
+    )
+    decoder = language.LanguageModel(
+        model.language,
+        weights.load_weights(checkpoint / "rank0.safetensors", place),
+        max_tokens=limits.max_sequence_tokens,
+    )
+    step_limits = scheduler.Limits(
+        max_batch_size=limits.max_batch_size,
+        max_batched_tokens=max(limits.max_batched_tokens, limits.max_batch_size),
+    )
+    tiles_per_pass = _TILES_PER_PASS[place.type]
+
+    def create_runner(blocks: int) -> runner.Runner:
+        cache = attention.allocate_cache(model.language, blocks, dtype=decoder.dtype, device=place)
+        return runner.Runner(
+            tower, decoder, _choose_attention(cache, model.language), tiles_per_pass=tiles_per_pass
+        )
+
+    blocks = _count_blocks(model.language, limits, decoder, options, step_limits, create_runner)
+    logger.info(
+        "the key/value cache has %d blocks: %d tokens", blocks, blocks * block_pool.BLOCK_TOKENS
+    )
+    return core.Engine(
+        create_runner(blocks),
+        step_limits,
+        block_pool.BlockPool(blocks),
+        gallery.Gallery(
+            max_feature_bytes=options.picture_cache_bytes, max_waiting_tiles=_WAITING_TILES
+        ),
+        grammars=grammars,
+        load=load_picture or _load_nothing,
+        lag=int(place.type == "cuda"),
+        max_sequence_tokens=limits.max_sequence_tokens,
+    )
+
+
+def _load_nothing(request_id: str, index: int) -> None:
+    raise ValueError(f"picture {index} of {request_id} is not at hand")
+
+
+def _choose_attention(
+    cache: attention.Cache, language_: config.LanguageConfig
+) -> attention.Attention:
+    is_cuda = cache[0].device.type == "cuda"
+    has_kernels = is_cuda and importlib.util.find_spec("flashinfer") is not None
+    if has_kernels and flashinfer.fits(language_, dtype=cache[0].dtype):
+        return flashinfer.FlashInferAttention(cache, language_)
+    return attention.TorchAttention(cache)
+
+
+def _count_blocks(
+    language_: config.LanguageConfig,
+    limits: interface.EngineLimits,
+    decoder: language.LanguageModel,
+    options: Options,
+    step_limits: scheduler.Limits,
+    create_runner: Callable[[int], runner.Runner],
+) -> int:
+    """Return how many blocks the cache has: as many as are of use, as far as memory goes."""
+    per_block = attention.bytes_per_block(language_, decoder.dtype)
+    per_request = block_pool.blocks_for(limits.max_sequence_tokens)
+    useful = per_request * limits.max_batch_size
+    free = options.kv_cache_bytes or _CPU_CACHE_BYTES
+    if decoder.device.type == "cuda":
+        measured = _free_after_largest_step(step_limits, create_runner)
+        free = min(options.kv_cache_bytes or measured, measured)
+        # On a GPU what is not needed at once serves later turns.
+        useful = free // per_block
+    if free // per_block < per_request:
+        raise errors.StageError(
+            errors.Reason.OUT_OF_MEMORY,
+            f"the key/value cache may have {free} bytes, one request of "
+            f"{limits.max_sequence_tokens} tokens needs {per_block * per_request}",
+            remedy="raise INTERNVL_RUNTIME_KV_CACHE_BYTES or the pod's memory, or build the engine "
+            "with a smaller maxSequenceTokens",
+        )
+    return int(min(useful, free // per_block))
+
+
+def _free_after_largest_step(
+    limits: scheduler.Limits, create_runner: Callable[[int], runner.Runner]
+) -> int:
+    """Run the largest step and the largest pass of the tower; return what they leave free."""
+    blocks = block_pool.blocks_for(limits.max_batched_tokens)
+    dry = create_runner(blocks)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    pixels = np.zeros((dry.tiles_per_pass, *vision.TILE_SHAPE), dtype=np.uint8)
+    for _ in dry.encode({"dry run": pixels}):
+        pass
+    planner = scheduler.Scheduler(limits, block_pool.BlockPool(blocks), can_start=lambda *_: True)
+    planner.add("dry run", [0] * limits.max_batched_tokens, max_tokens=2)
+    step = planner.plan()
+    if step is None:
+        raise ValueError("an empty pool can not run a step")
+    dry.launch(step, [], gallery.Gallery(max_feature_bytes=0, max_waiting_tiles=0))
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    held = torch.cuda.memory_allocated()
+    del dry
+    torch.cuda.empty_cache()
+    return int(_GPU_MEMORY_SHARE * device.gpu_memory_bytes()) - held - peak
