@@ -76,8 +76,8 @@ class WorkerEngine:
         self._tiles: sockets.socket | None = None
         self._heard = 0.0
         self._ready = False
-        self.gone = asyncio.Event()
-        """Set when the worker has ended, wanted or not."""
+        self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Tells why, once the worker has ended unasked."""
 
     @property
     def is_ready(self) -> bool:
@@ -198,7 +198,7 @@ class WorkerEngine:
                 self._heard = time.monotonic()
                 self._take(message)
         except (asyncio.IncompleteReadError, ConnectionError):
-            self._worker_is_gone("the engine ended while this request was running")
+            self._worker_is_gone("the engine worker ended while serving")
 
     def _take(self, message: channel.ToServer) -> None:
         match message:
@@ -268,7 +268,8 @@ class WorkerEngine:
         error = errors.EngineUnavailableError(why)
         for each in running.values():
             each.sink(interface.Step(request_id=each.request.request_id, token_ids=(), error=error))
-        self.gone.set()
+        if not self.gone.done():
+            self.gone.set_result(why)
 
     def _send(self, message: channel.ToWorker) -> None:
         if self._writer is not None:

@@ -7,6 +7,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fastapi
 import fastapi.middleware.cors
@@ -183,16 +184,15 @@ async def _run(server: uvicorn.Server, engine: client.WorkerEngine) -> None:
 
 
 async def _wait_for_end(serving: "asyncio.Task[None]", engine: client.WorkerEngine) -> None:
-    gone = asyncio.create_task(engine.gone.wait(), name="engine-gone")
-    await asyncio.wait([serving, gone], return_when=asyncio.FIRST_COMPLETED)
+    ends: list[asyncio.Future[Any]] = [serving, engine.gone]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     metrics.ENGINE_UP.set(0)
-    if gone.done() and not serving.done():
+    if engine.gone.done() and not serving.done():
         raise errors.StageError(
             errors.Reason.CRASH_LOOP,
-            "the engine worker ended while serving",
+            engine.gone.result(),
             remedy="read the container's log; out of memory is the usual cause",
         )
-    gone.cancel()
 
 
 def _name_requests_in_logs() -> None:

@@ -31,6 +31,8 @@ _ROLES = {
 }
 _FETCHED_AT_ONCE = 8
 """URLs of one request."""
+_KNOWN_PICTURES = 4096
+"""Data URLs that are remembered, about 2 MB."""
 _DECODED_AT_ONCE = 2
 """Videos of all requests: each has a process of its own."""
 
@@ -45,6 +47,7 @@ class Loader:
         self._limits = limits
         self._settings = settings
         self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
+        self._known = picture.KnownPictures(most=_KNOWN_PICTURES)
 
     async def fetch(self, messages: Sequence[schemas.Message]) -> Fetched:
         """Fetch what lies in the web, each URL once, and decode videos.
@@ -115,7 +118,7 @@ class Loader:
         self, messages: Sequence[schemas.Message], fetched: Fetched
     ) -> tuple[list[conversation.Turn], list[Opened]]:
         """Return the conversation and its pictures, in order. Blocking: call it in a thread."""
-        reader = _Reader(self._limits, self._settings, fetched)
+        reader = _Reader(self._limits, self._settings, fetched, self._known)
         return [reader.read_message(message) for message in messages], reader.opened
 
 
@@ -126,6 +129,7 @@ class _Reader:
     limits: interface.EngineLimits
     settings: settings.Settings
     fetched: Fetched
+    known: picture.KnownPictures
     opened: list[Opened] = dataclasses.field(default_factory=list)
 
     def read_message(self, message: schemas.Message) -> conversation.Turn:
@@ -158,16 +162,20 @@ class _Reader:
         return conversation.Image(len(self.opened) - 1)
 
     def _open_picture(self, part: schemas.ImagePart) -> picture.Picture:
-        return picture.open_picture(
-            self._bytes_of(part.image_url.url, self.settings.max_image_bytes),
-            max_tiles=_tile_limit(part, self.limits.max_tiles_per_image),
-            max_pixels=self.settings.max_image_pixels,
-        )
+        url = part.image_url.url
+        max_tiles = _tile_limit(part, self.limits.max_tiles_per_image)
+        max_pixels = self.settings.max_image_pixels
+        if sources.scheme_of(url) == "data":
+            return self.known.open(
+                url, lambda: self._read(url), max_tiles=max_tiles, max_pixels=max_pixels
+            )
+        content = self.fetched.contents.get(url) or self._read(url)
+        return picture.open_picture(content, max_tiles=max_tiles, max_pixels=max_pixels)
 
-    def _bytes_of(self, url: str, max_bytes: int) -> bytes:
-        if url in self.fetched.contents:
-            return self.fetched.contents[url]
-        return sources.read_url(url, max_bytes=max_bytes, folder=self.settings.media_folder)
+    def _read(self, url: str) -> bytes:
+        return sources.read_url(
+            url, max_bytes=self.settings.max_image_bytes, folder=self.settings.media_folder
+        )
 
 
 def _tile_limit(part: schemas.ImagePart, most: int) -> int:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +21,18 @@ class Picture:
     width: int
     height: int
     grid: grid.Grid
-    data: bytes = dataclasses.field(repr=False, compare=False)
+    read: Callable[[], bytes] = dataclasses.field(repr=False, compare=False)
+    """Returns the file's bytes."""
+    size: int
+    """Bytes held until the picture is answered."""
     max_pixels: int
-
-    @property
-    def size(self) -> int:
-        """Bytes held until the picture is answered."""
-        return len(self.data)
 
     def load(self) -> npt.NDArray[np.uint8]:
         """Decode and cut: uint8 [N, 448, 448, 3]. Raises RequestError for broken data.
 
         The pixels are gone when this returns: a request holds its pictures as files.
         """
-        with decode.open_picture(self.data, max_pixels=self.max_pixels) as opened:
+        with decode.open_picture(self.read(), max_pixels=self.max_pixels) as opened:
             return tiles.cut_tiles(decode.decode_rgb(opened), self.grid)
 
 
@@ -68,9 +69,43 @@ def open_picture(data: bytes, *, max_tiles: int, max_pixels: int) -> Picture:
         width=width,
         height=height,
         grid=grid.choose_grid(width, height, max_tiles=max_tiles),
-        data=data,
+        read=lambda: data,
+        size=len(data),
         max_pixels=max_pixels,
     )
+
+
+class KnownPictures:
+    """Remembers pictures by their data URLs: one that comes again is not even decoded as base64.
+
+    For any thread. What is kept of a picture is a few hundred bytes.
+    """
+
+    def __init__(self, *, most: int) -> None:
+        self._most = most
+        self._pictures: OrderedDict[bytes, Picture] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(
+        self, url: str, read: Callable[[], bytes], *, max_tiles: int, max_pixels: int
+    ) -> Picture:
+        """Return the picture of a data URL, whose bytes `read` returns when they are needed."""
+        key = hashlib.sha256(f"{max_tiles}:{max_pixels}:{url}".encode()).digest()
+        with self._lock:
+            known = self._pictures.get(key)
+            if known:
+                self._pictures.move_to_end(key)
+        if known is None:
+            known = open_picture(read(), max_tiles=max_tiles, max_pixels=max_pixels)
+            with self._lock:
+                self._pictures[key] = dataclasses.replace(known, read=_read_nothing)
+                while len(self._pictures) > self._most:
+                    self._pictures.popitem(last=False)
+        return dataclasses.replace(known, read=read, size=len(url))
+
+
+def _read_nothing() -> bytes:
+    raise ValueError("a remembered picture has no bytes")
 
 
 def frame_of(tile: npt.NDArray[np.uint8], *, width: int, height: int) -> Frame:
