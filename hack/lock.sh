@@ -19,7 +19,7 @@ compile dev --universal --python-version 3.11 \
 compile operator --universal --python-version 3.11 --constraint requirements/dev.txt \
   operator/pyproject.toml
 compile runtime-pytorch --universal --python-version 3.11 --constraint requirements/dev.txt \
-  --extra pytorch runtime/pyproject.toml
+  --extra pytorch --extra bench runtime/pyproject.toml
 
 # The NVIDIA image keeps its own torch and transformers and all that they need:
 # the rest is resolved to fit them, and installed with --no-deps.
@@ -28,4 +28,4 @@ for name in $(names_of requirements/nvidia-base.in); do
   left_out+=(--no-emit-package "$name")
 done
 compile runtime-nvidia --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
-  "${left_out[@]}" requirements/nvidia-base.in runtime/pyproject.toml
+  "${left_out[@]}" --extra bench requirements/nvidia-base.in runtime/pyproject.toml

@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config_ = settings.Settings()
     try:
         result = parsed.run(parsed, config_)
-    except errors.RequestError as e:
-        print(f"{parsed.command}: {e.message}", file=sys.stderr)
+    except (errors.RequestError, errors.MeasurementError) as e:
+        print(f"{parsed.command}: {e}", file=sys.stderr)
         return EXIT_FAILED
     except errors.StageError as e:
         failure = {"reason": e.reason.value, "message": e.message, "remedy": e.remedy}
@@ -126,6 +126,20 @@ def _inspect(arguments: argparse.Namespace, config_: settings.Settings) -> None:
         inspection.show(inspected, console=rich.console.Console())
 
 
+def _bench(arguments: argparse.Namespace, config_: settings.Settings) -> None:
+    from internvl_runtime.bench import command
+
+    del config_
+    command.run(arguments)
+
+
+def _plot_steps(arguments: argparse.Namespace, config_: settings.Settings) -> None:
+    from internvl_runtime.bench import command
+
+    del config_
+    command.plot_steps(arguments)
+
+
 def _synthesize(arguments: argparse.Namespace, config_: settings.Settings) -> None:
     recipe = synthesize.Recipe(arguments.shape, arguments.family, arguments.seed)
     report = progress.Progress("synthesize").step("write", unit="bytes")
@@ -172,6 +186,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = add("verify", _verify, "repeat the recorded answers of a published engine")
     serve = add("serve", _serve, "serve a published engine over the OpenAI API")
     inspect = add("inspect", _inspect, "show what a request becomes: grids, tiles, token ids")
+    bench = add("bench", _bench, "load a server of the OpenAI API and measure it")
+    plot = add("plot-steps", _plot_steps, "draw the step log that `serve --step-log` wrote")
     made_up = add("synthesize", _synthesize, "write a checkpoint with seeded random weights")
     for command in (resolve, fetch):
         command.add_argument("--source", required=True, help="JSON: bundled, synthetic or folder")
@@ -199,11 +215,33 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--max-dynamic-patch", type=int, help="most tiles of a picture's grid")
     inspect.add_argument("--request", type=Path, metavar="FILE", help="a chat request in JSON")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_bench_arguments(bench)
+    plot.add_argument("log", type=Path, metavar="FILE")
+    plot.add_argument("--output", type=Path, required=True, help="an .svg or .png file")
     made_up.add_argument("--shape", required=True)
     made_up.add_argument("--family", type=config.Family, choices=list(config.Family))
     made_up.add_argument("--seed", type=int, default=0)
     made_up.add_argument("--output", type=Path, required=True)
     return parser
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", required=True, help="the server, for example http://host:8000")
+    parser.add_argument("--model", help="the name to ask for; left out, the server chooses")
+    parser.add_argument(
+        "--scenario", choices=["picture", "turns", "text", "mixed"], default="picture"
+    )
+    parser.add_argument("--requests", type=int, default=100, help="conversations to send")
+    parser.add_argument("--warmup", type=int, default=2, help="conversations before, unmeasured")
+    parser.add_argument("--concurrency", type=int, default=16, help="conversations at once")
+    parser.add_argument("--rate", type=float, help="conversations that begin each second")
+    parser.add_argument("--max-tokens", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--picture", default="1280x720", metavar="WIDTHxHEIGHT")
+    parser.add_argument("--words", type=int, default=64, help="words of each question")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="report.json, report.md, run.svg"
+    )
 
 
 if __name__ == "__main__":

@@ -58,5 +58,9 @@ class RequestError(RuntimeBaseError):
         self.status = status
 
 
+class MeasurementError(RuntimeBaseError):
+    """Raised when the figures of a load run are worth nothing."""
+
+
 class EngineUnavailableError(RuntimeBaseError):
     """Raised when the engine worker is gone; the request may be sent again elsewhere."""

@@ -73,7 +73,9 @@ def build_engine_of(described: dict, *, cache: Path, dtype: str = "float32") -> 
 
 
 @contextlib.contextmanager
-def serve(engine: Path, *, wait: bool = True, **settings: object) -> Iterator[Server]:
+def serve(
+    engine: Path, *, wait: bool = True, arguments: tuple = (), **settings: object
+) -> Iterator[Server]:
     """Serve an engine on loopback until the block ends; settings by their names."""
     port, metrics_port = _free_port(), _free_port()
     environment = {
@@ -86,7 +88,15 @@ def serve(engine: Path, *, wait: bool = True, **settings: object) -> Iterator[Se
         **{f"INTERNVL_RUNTIME_{name.upper()}": _setting(value) for name, value in settings.items()},
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "internvl_runtime", "serve", "--engine", str(engine)],
+        [
+            sys.executable,
+            "-m",
+            "internvl_runtime",
+            "serve",
+            "--engine",
+            str(engine),
+            *map(str, arguments),
+        ],
         env=environment,
     )
     server = Server(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}", process)

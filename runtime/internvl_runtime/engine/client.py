@@ -239,6 +239,8 @@ class WorkerEngine:
                 await asyncio.to_thread(self._load_and_send, image)
             except errors.RequestError as e:
                 self._send(channel.PictureFailed(image.content_hash, channel.failure_of(e)))
+            except (ConnectionError, TimeoutError) as e:
+                logger.info("the worker does not take tiles: %s", e)
             except Exception:
                 logger.exception("a picture of %s could not be loaded", request_id)
                 failure = channel.Failure(message="this request failed; the log says why")

@@ -151,7 +151,7 @@ def load(
     verification.check(
         engine, opened.model, tokens, recorded=opened.read_verification(), dtype=opened.dtype
     )
-    engine.take_reports()
+    engine.reset()
     return engine
 
 

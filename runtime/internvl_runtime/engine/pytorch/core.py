@@ -210,6 +210,13 @@ class Engine:
                     raise step.error
                 yield step
 
+    def reset(self) -> None:
+        """Forget what answered requests have left: blocks, features, counts."""
+        self.scheduler.reset()
+        self.pictures.shrink(0, needed=())
+        self.pictures.hits = self.pictures.lookups = 0
+        self.take_reports()
+
     def _can_start(self, sequence: scheduler.Sequence_, cached_tokens: int) -> bool:
         """Whether the pictures behind the cached tokens are at hand; asks for them."""
         wanted = _pictures_behind(sequence, cached_tokens)

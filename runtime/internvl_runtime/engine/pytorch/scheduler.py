@@ -243,6 +243,11 @@ class Scheduler:
         self.preemptions += 1
         _insert(self.waiting, sequence)
 
+    def reset(self) -> None:
+        """Forget what answered requests have left: cached blocks, counts."""
+        self.pool.clear()
+        self.preemptions = self.prompt_tokens_looked_up = self.prompt_tokens_found = 0
+
     def _plan_decodes(self) -> Iterator[Chunk]:
         for sequence in list(self.running)[: self.budget]:
             is_running = sequence.blocks and not sequence.is_prefilling and sequence.can_go_on

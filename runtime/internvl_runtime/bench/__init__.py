@@ -1,0 +1,1 @@
+"""The load tool: measures any server of the OpenAI API, pictures included."""
