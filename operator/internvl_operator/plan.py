@@ -10,7 +10,7 @@ from internvl_operator.api import v1alpha1
 SOURCES_FOLDER = "/sources"
 _TENSOR_PARALLEL_SIZE = 1
 _QUANTIZATION = "None"
-_DEFAULT_BATCH_SIZE = 1
+_DEFAULT_BATCH_SIZE = 16
 """The engine of this version answers one request at a time."""
 
 

@@ -94,11 +94,13 @@ def _build(arguments: argparse.Namespace, config_: settings.Settings) -> dict[st
 
 
 def _verify(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
-    from internvl_runtime.engine import device, worker
+    from internvl_runtime.engine import device, folder, worker
     from internvl_runtime.engine.pytorch import loading
 
     del config_
-    worker.load(arguments.engine, options=loading.Options(device=device.default_device()))
+    opened = folder.open_engine(arguments.engine)
+    options = loading.Options(device=device.default_device())
+    worker.load(opened, opened.load_tokenizer(), options=options)
     return {"engine": arguments.engine.resolve().name, "verified": True}
 
 

@@ -21,7 +21,7 @@ from internvl_runtime.store import keys as runtime_keys
 ROOT = Path(__file__).parent.parent.parent
 CRD = ROOT / "crds" / "internvldeployments.yaml"
 FLAGS = {
-    "maxBatchSize": 1, "maxSequenceTokens": 32768, "maxInputTokens": 32767,
+    "maxBatchSize": 16, "maxSequenceTokens": 32768, "maxInputTokens": 32767,
     "maxBatchedTokens": 8192, "maxTilesPerImage": 12, "maxTilesPerRequest": 52,
 }  # fmt: skip
 CHECKPOINTS = [

@@ -4,20 +4,18 @@ import dataclasses
 import hashlib
 
 import numpy as np
-from internvl_runtime.engine import folder, grammar
+from internvl_runtime.engine import folder
 from internvl_runtime.engine.pytorch import loading
 
 
 def load(engine_dir, *, options=None, **changed_limits):
     """Return the engine of a published folder, with other limits where some are given."""
     opened = folder.open_engine(engine_dir)
-    tokens = opened.load_tokenizer()
     return loading.load_engine(
         opened.checkpoint,
         opened.model,
         dataclasses.replace(opened.limits, **changed_limits),
         options=options or loading.Options(),
-        grammars=grammar.Compiler(tokens, vocab_size=opened.model.language.vocab_size),
     )
 
 

@@ -23,7 +23,7 @@ import torch
 from internvl_runtime import errors
 from internvl_runtime.engine import channel, device, folder, grammar, interface, verification
 from internvl_runtime.engine.pytorch import core, loading, vision
-from internvl_runtime.model import prompt
+from internvl_runtime.model import prompt, tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,15 @@ class Tiles(msgspec.Struct, frozen=True):
     tiles: channel.Tiles
 
 
-Command = channel.ToWorker | Tiles
+class Constrained(msgspec.Struct, frozen=True):
+    """A request whose grammar has been compiled, or could not be."""
+
+    submit: channel.Submit
+    matcher: grammar.Matcher | None
+    error: errors.RuntimeBaseError | None
+
+
+Command = channel.ToWorker | Tiles | Constrained
 
 
 class Send:
@@ -122,7 +130,11 @@ class Worker:
 def _apply(command: Command, engine: core.Engine) -> None:
     match command:
         case channel.Submit():
-            engine.submit(_to_submitted(command))
+            engine.submit(_to_submitted(command, matcher=None))
+        case Constrained(submit, matcher, None):
+            engine.submit(_to_submitted(submit, matcher=matcher))
+        case Constrained(submit, _, error) if error:
+            engine.refuse(submit.request_id, error)
         case channel.Cancel(request_id):
             engine.cancel(request_id)
         case Tiles(content_hash, tiles):
@@ -132,27 +144,38 @@ def _apply(command: Command, engine: core.Engine) -> None:
 
 
 def load(
-    engine_dir: Path,
+    opened: folder.EngineFolder,
+    tokens: tokenizer.Tokenizer,
     *,
     options: loading.Options,
     load_picture: core.LoadPicture | None = None,
 ) -> core.Engine:
     """Load an engine and repeat its recorded answers."""
-    opened = folder.open_engine(engine_dir)
-    tokens = opened.load_tokenizer()
     engine = loading.load_engine(
         opened.checkpoint,
         opened.model,
         opened.limits,
         options=options,
-        grammars=grammar.Compiler(tokens, vocab_size=opened.model.language.vocab_size),
         load_picture=load_picture,
     )
     verification.check(
-        engine, opened.model, tokens, recorded=opened.read_verification(), dtype=opened.dtype
+        engine,
+        opened.model,
+        tokens,
+        recorded=opened.read_verification(),
+        dtype=opened.dtype,
     )
     engine.reset()
     return engine
+
+
+def _load(
+    engine_dir: Path, options: loading.Options, load_picture: core.LoadPicture
+) -> tuple[core.Engine, grammar.Compiler]:
+    opened = folder.open_engine(engine_dir)
+    tokens = opened.load_tokenizer()
+    engine = load(opened, tokens, options=options, load_picture=load_picture)
+    return engine, grammar.Compiler(tokens, vocab_size=opened.model.language.vocab_size)
 
 
 async def serve(
@@ -164,9 +187,8 @@ async def serve(
     worker = Worker(Send(loop, writer), step_log=step_log.open("w") if step_log else None)
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
         try:
-            engine = await loop.run_in_executor(
-                thread,
-                lambda: load(engine_dir, options=options, load_picture=worker.load_picture),
+            engine, grammars = await loop.run_in_executor(
+                thread, _load, engine_dir, options, worker.load_picture
             )
         except errors.StageError as e:
             writer.write(channel.encode(channel.Failed(e.reason.value, e.message, e.remedy)))
@@ -175,7 +197,7 @@ async def serve(
         _start_receiving_tiles(socket, worker)
         writer.write(channel.encode(channel.Ready(channel.VERSION, engine.scheduler.pool.count)))
         running = loop.run_in_executor(thread, worker.run, engine)
-        receiving = asyncio.ensure_future(_receive(reader, worker))
+        receiving = asyncio.ensure_future(_receive(reader, Desk(worker, grammars)))
         beating = asyncio.ensure_future(_beat(writer, worker))
         await asyncio.wait([running, receiving], return_when=asyncio.FIRST_COMPLETED)
         worker.put(channel.Stop())
@@ -195,7 +217,40 @@ def _start_receiving_tiles(socket: Path, worker: Worker) -> None:
     threading.Thread(target=receive, name="tiles", daemon=True).start()
 
 
-async def _receive(reader: asyncio.StreamReader, worker: Worker) -> None:
+class Desk:
+    """Takes the server's messages; grammars are compiled here, beside the engine's steps."""
+
+    def __init__(self, worker: Worker, grammars: grammar.Compiler) -> None:
+        self._worker = worker
+        self._grammars = grammars
+        self._compiling: dict[str, asyncio.Task[None]] = {}
+
+    def take(self, message: channel.ToWorker) -> None:
+        """Pass a message on, a request with a constraint once its grammar is there."""
+        match message:
+            case channel.Submit(constraint=interface.Constraint()):
+                compiling = asyncio.create_task(self._compile(message), name="grammar")
+                self._compiling[message.request_id] = compiling
+            case channel.Cancel(request_id) if request_id in self._compiling:
+                del self._compiling[request_id]
+            case _:
+                self._worker.put(message)
+
+    async def _compile(self, submit: channel.Submit) -> None:
+        matcher = error = None
+        try:
+            if submit.constraint:
+                matcher = await asyncio.to_thread(self._grammars.start, submit.constraint)
+        except errors.RuntimeBaseError as e:
+            error = e
+        except Exception:
+            logger.exception("the grammar of %s could not be compiled", submit.request_id)
+            error = errors.EngineUnavailableError("this request failed; the server's log says why")
+        if self._compiling.pop(submit.request_id, None):
+            self._worker.put(Constrained(submit, matcher, error))
+
+
+async def _receive(reader: asyncio.StreamReader, desk: Desk) -> None:
     while True:
         try:
             message = await channel.read_to_worker(reader)
@@ -203,7 +258,7 @@ async def _receive(reader: asyncio.StreamReader, worker: Worker) -> None:
             return
         if isinstance(message, channel.Stop):
             return
-        worker.put(message)
+        desk.take(message)
 
 
 async def _beat(writer: asyncio.StreamWriter, worker: Worker) -> None:
@@ -212,14 +267,14 @@ async def _beat(writer: asyncio.StreamWriter, worker: Worker) -> None:
         writer.write(channel.encode(channel.Heartbeat(worker.step_seconds)))
 
 
-def _to_submitted(submit: channel.Submit) -> core.Submitted:
+def _to_submitted(submit: channel.Submit, *, matcher: grammar.Matcher | None) -> core.Submitted:
     return core.Submitted(
         request_id=submit.request_id,
         prompt=prompt.Prompt(submit.token_ids, submit.placements),
         content_hashes=submit.content_hashes,
         sampling=submit.sampling,
         stop_token_ids=submit.stop_token_ids,
-        constraint=submit.constraint,
+        matcher=matcher,
         priority=submit.priority,
     )
 

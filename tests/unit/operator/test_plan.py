@@ -27,7 +27,7 @@ def test_a_spec_that_can_not_be_served_is_refused(defaults, make_resource, spec,
 def test_build_flags_are_complete_after_defaulting(defaults, make_resource):
     made = plan.make_plan(make_resource(), defaults=defaults)
     assert made.build_flags == {
-        "maxBatchSize": 1,
+        "maxBatchSize": 16,
         "maxSequenceTokens": 32768,
         "maxInputTokens": 32767,
         "maxBatchedTokens": 8192,

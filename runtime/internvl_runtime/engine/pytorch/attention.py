@@ -5,7 +5,7 @@ size], keys first. That is FlashInfer's "NHD" page layout.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -75,6 +75,10 @@ def slots_of(spans: Sequence[Span], device: torch.device) -> Slots:
     return Slots(blocks, places)
 
 
+_ROWS_AT_ONCE = 1024
+"""Queries of one product: bounds the mask, which is as wide as the sequence is long."""
+
+
 class TorchAttention:
     """scaled_dot_product_attention, one sequence after the other; runs everywhere."""
 
@@ -84,10 +88,13 @@ class TorchAttention:
 
     def begin(self, spans: Sequence[Span]) -> None:
         """Take in where the tokens of a step lie."""
-        self._spans = spans
         self._slots = slots_of(spans, self._device)
-        self._tables = [torch.tensor(span.blocks, device=self._device) for span in spans]
-        self._masks = [causal_mask(past=s.start, new=s.length, device=self._device) for s in spans]
+        self._parts = [part for span in spans for part in _split(span, _ROWS_AT_ONCE)]
+        self._tables = [torch.tensor(part.blocks, device=self._device) for part in self._parts]
+        self._masks = [
+            causal_mask(past=part.start, new=part.length, device=self._device)
+            for part in self._parts
+        ]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -95,9 +102,14 @@ class TorchAttention:
         """Write key and value [T, key/value heads, size]; return [T, heads, size] of query."""
         store = self._cache[layer]
         self._slots.write(store, key, value)
-        queries = query.split([span.length for span in self._spans])
-        every = zip(queries, self._spans, self._tables, self._masks, strict=True)
+        queries = query.split([part.length for part in self._parts])
+        every = zip(queries, self._parts, self._tables, self._masks, strict=True)
         return torch.cat([_attend(store, *each) for each in every])
+
+
+def _split(span: Span, length: int) -> Iterator[Span]:
+    for start in range(span.start, span.end, length):
+        yield Span(start, min(length, span.end - start), span.blocks)
 
 
 def _attend(

@@ -40,7 +40,8 @@ class Submitted:
     """Of picture i of the request."""
     sampling: interface.Sampling
     stop_token_ids: frozenset[int]
-    constraint: interface.Constraint | None = None
+    matcher: grammar.Matcher | None = None
+    """Follows the answer through its grammar."""
     priority: int = 0
 
 
@@ -51,7 +52,6 @@ class _Answer:
     request: Submitted
     sequence: scheduler.Sequence_
     arrived: float
-    matcher: grammar.Matcher | None = None
     seen: sampler.Seen | None = None
     started: float | None = None
     is_first: bool = True
@@ -89,7 +89,6 @@ class Engine:
         pool: block_pool.BlockPool,
         pictures: gallery.Gallery,
         *,
-        grammars: grammar.Compiler | None,
         load: LoadPicture,
         lag: int,
         max_sequence_tokens: int,
@@ -99,7 +98,6 @@ class Engine:
         self.runner = model
         self.pictures = pictures
         self._reports: list[interface.StepReport] = []
-        self._grammars = grammars
         self._load = load
         self._lag = lag
         self._max_sequence_tokens = max_sequence_tokens
@@ -150,9 +148,6 @@ class Engine:
                 parameter="max_tokens",
                 code="context_length_exceeded",
             )
-        matcher = None
-        if request.constraint and self._grammars:
-            matcher = self._grammars.start(request.constraint)
         sequence = self.scheduler.add(
             request.request_id,
             token_ids,
@@ -162,11 +157,15 @@ class Engine:
                 for placement in request.prompt.placements
             ),
             priority=request.priority,
-            waits_for_tokens=matcher is not None,
+            waits_for_tokens=request.matcher is not None,
         )
-        self._answers[request.request_id] = _Answer(request, sequence, self._clock(), matcher)
+        self._answers[request.request_id] = _Answer(request, sequence, self._clock())
         for content_hash in request.content_hashes:
             self.pictures.look_up(content_hash)
+
+    def refuse(self, request_id: str, error: errors.RuntimeBaseError) -> None:
+        """Answer a request that never began with an error."""
+        self._failed.append(_failure(request_id, error))
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; one that has ended is none."""
@@ -322,7 +321,7 @@ class Engine:
             origin=sampling.origin_of(request.sampling, request.request_id),
             position=position,
             seen=answer.seen,
-            allowed=answer.matcher.allowed() if answer.matcher else None,
+            allowed=request.matcher.allowed() if request.matcher else None,
         )
 
     def _collect(self, under_way: _UnderWay) -> Iterator[interface.Step]:
@@ -351,9 +350,9 @@ class Engine:
             generated=chunk.position + 1,
             max_tokens=sequence.max_tokens,
         )
-        if answer.matcher:
-            answer.matcher.accept(token_id)
-            if answer.matcher.is_finished:
+        if request.matcher:
+            request.matcher.accept(token_id)
+            if request.matcher.is_finished:
                 finish = interface.FinishReason.STOP
         start = None
         if answer.is_first:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from internvl_runtime import errors
-from internvl_runtime.engine import device, grammar, interface
+from internvl_runtime.engine import device, interface
 from internvl_runtime.engine.pytorch import (
     attention,
     block_pool,
@@ -53,7 +53,6 @@ def load_engine(
     limits: interface.EngineLimits,
     *,
     options: Options,
-    grammars: grammar.Compiler | None = None,
     load_picture: core.LoadPicture | None = None,
 ) -> core.Engine:
     """Load a checkpoint. Raises StageError when the memory is too small for one request."""
@@ -89,7 +88,6 @@ def load_engine(
         gallery.Gallery(
             max_feature_bytes=options.picture_cache_bytes, max_waiting_tiles=_WAITING_TILES
         ),
-        grammars=grammars,
         load=load_picture or _load_nothing,
         lag=int(place.type == "cuda"),
         max_sequence_tokens=limits.max_sequence_tokens,
