@@ -4,23 +4,19 @@ import random
 import statistics
 
 import in_process
-import numpy as np
 import pytest
 import torch
+from asking import answer_alone, ask, assert_equal_but_for_ties, collect, picture, words
 from internvl_runtime import errors
-from internvl_runtime.engine import interface
-from internvl_runtime.engine.pytorch import attention, core, loading
-from internvl_runtime.model import prompt
+from internvl_runtime.engine import folder, interface
+from internvl_runtime.engine.pytorch import attention, loading
 
 TIE = 1e-3
 """Where alone the two best tokens' logits are as close as this, other sums may choose the other."""
-TOKENS_PER_TILE = 256
 
 
 @pytest.fixture(scope="module")
 def context(qwen_engine):
-    from internvl_runtime.engine import folder
-
     return folder.open_engine(qwen_engine).load_tokenizer().control_ids["<IMG_CONTEXT>"]
 
 
@@ -28,76 +24,15 @@ def context(qwen_engine):
 def load(qwen_engine):
     def load_engine(*, tokens=None, lag=0, **limits):
         per_block = attention.bytes_per_block(language_of(qwen_engine), torch.float32)
-        options = loading.Options(kv_cache_bytes=(tokens or 40_000) // 16 * per_block)
+        options = loading.Options(kv_cache_bytes=(tokens or 40_000) // 16 * per_block, lag=lag)
         limits.setdefault("max_sequence_tokens", min((tokens or 40_000) // 16 * 16, 32_768))
-        engine = in_process.load(qwen_engine, options=options, **limits)
-        engine._lag = lag
-        return engine
+        return in_process.load(qwen_engine, options=options, **limits)
 
     return load_engine
 
 
 def language_of(engine_dir):
-    from internvl_runtime.engine import folder
-
     return folder.open_engine(engine_dir).model.language
-
-
-def picture(seed, tiles=1):
-    return np.random.default_rng(seed).integers(0, 256, (tiles, 448, 448, 3), dtype=np.uint8)
-
-
-def ask(name, parts, *, context, max_tokens=8, **rest):
-    """A request of token ids and pictures; returns it with its tiles by hash."""
-    ids, placements, cut = [], [], []
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            length = TOKENS_PER_TILE * len(part)
-            placements.append(prompt.ImagePlacement(len(cut), len(ids), length))
-            ids += [context] * length
-            cut.append(part)
-        else:
-            ids += part
-    hashes = in_process.hashes_of(cut)
-    sampling = rest.pop("sampling", interface.Sampling(max_tokens=max_tokens, temperature=0.0))
-    request = core.Submitted(
-        request_id=name,
-        prompt=prompt.Prompt(tuple(ids), tuple(placements)),
-        content_hashes=hashes,
-        sampling=sampling,
-        stop_token_ids=frozenset(),
-        **rest,
-    )
-    return request, dict(zip(hashes, cut, strict=True))
-
-
-def words(rng, count):
-    return [rng.randrange(5, 250) for _ in range(count)]
-
-
-def collect(engine, answers, until=None):
-    while engine.has_work and not (until and until()):
-        for step in engine.step():
-            assert step.error is None, step.error
-            answers.setdefault(step.request_id, []).extend(step.token_ids)
-
-
-def answer_alone(engine, request, tiles):
-    """Tokens, and how much better each was than the next best."""
-    from dataclasses import replace
-
-    sampling = replace(request.sampling, log_probabilities=2)
-    steps = list(engine.answer(replace(request, sampling=sampling), tiles))
-    told = [step.log_probabilities[0].top for step in steps]
-    margins = [best[1] - second[1] for best, second in told]
-    return [token for step in steps for token in step.token_ids], margins
-
-
-def assert_equal_but_for_ties(given, alone, margins):
-    for number, token in enumerate(given):
-        if margins[number] < TIE:
-            return
-        assert token == alone[number], (number, margins[number])
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -137,7 +72,7 @@ def test_two_hundred_requests_with_memory_for_a_third(load, context, lag):
         tokens, margins = expected[request.request_id]
         if request.request_id not in cancelled:
             assert len(given) == len(tokens)
-        assert_equal_but_for_ties(given, tokens, margins)
+        assert_equal_but_for_ties(given, tokens, margins, tie=TIE)
     assert engine.scheduler.preemptions > 0
     assert engine.scheduler.pool.free == engine.scheduler.pool.count
 
@@ -209,7 +144,7 @@ def test_a_second_turn_computes_nothing_twice(load, context):
 
     cold = load(max_batch_size=4)
     tokens, margins = answer_alone(cold, request, tiles)
-    assert_equal_but_for_ties([t for s in steps for t in s.token_ids], tokens, margins)
+    assert_equal_but_for_ties([t for s in steps for t in s.token_ids], tokens, margins, tie=TIE)
 
 
 def test_pictures_never_mix(load, context):
@@ -220,7 +155,7 @@ def test_pictures_never_mix(load, context):
         cold = load(max_batch_size=1)
         tokens, margins = answer_alone(cold, request, tiles)
         given = [t for step in engine.answer(request, tiles) for t in step.token_ids]
-        assert_equal_but_for_ties(given, tokens, margins)
+        assert_equal_but_for_ties(given, tokens, margins, tie=TIE)
 
 
 def test_answers_to_one_prompt_compute_it_once(load, context):
@@ -263,7 +198,7 @@ def test_short_memory_makes_steps_smaller_and_loses_nothing(load, context, lag):
     assert scarce.refusals
     for name, (tokens, margins) in expected.items():
         assert len(answers[name]) == len(tokens)
-        assert_equal_but_for_ties(answers[name], tokens, margins)
+        assert_equal_but_for_ties(answers[name], tokens, margins, tie=TIE)
 
 
 def test_a_request_that_no_memory_is_enough_for_is_refused_and_others_go_on(load, context):

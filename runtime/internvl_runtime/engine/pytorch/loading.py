@@ -43,6 +43,9 @@ class Options:
     device: str = "cpu"
     kv_cache_bytes: int = 0
     """Most bytes of the key/value cache; 0: 4 GiB on a CPU, what is free on a GPU."""
+    lag: int | None = None
+    """Steps that are given to the device before the tokens of an earlier one are fetched; None: one
+    on a GPU, none on a CPU."""
     picture_cache_bytes: int = 512 * 2**20
     """Bytes of picture features that stay for the next request."""
 
@@ -89,7 +92,7 @@ def load_engine(
             max_feature_bytes=options.picture_cache_bytes, max_waiting_tiles=_WAITING_TILES
         ),
         load=load_picture or _load_nothing,
-        lag=int(place.type == "cuda"),
+        lag=int(place.type == "cuda") if options.lag is None else options.lag,
         max_sequence_tokens=limits.max_sequence_tokens,
     )
 

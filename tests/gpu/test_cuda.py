@@ -1,0 +1,179 @@
+"""The engine on CUDA: run by hand on a GPU machine, where CI has none.
+
+PYTHONPATH=runtime:tests/support python -m pytest tests/gpu -c /dev/null
+"""
+
+import dataclasses
+import functools
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from asking import answer_alone, ask, assert_equal_but_for_ties, collect, picture, words
+from internvl_runtime.artifacts import shapes, tensors
+from internvl_runtime.engine import interface
+from internvl_runtime.engine.pytorch import attention, loading, weights
+from internvl_runtime.model import config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+TIES = {torch.float32: 2e-3, torch.bfloat16: 0.12, torch.float16: 0.02}
+"""Margins of the two best logits, whose spread is about one, below which rounding may decide."""
+CONTEXT = 3
+LIMITS = interface.EngineLimits(
+    max_sequence_tokens=4096, max_input_tokens=4095, max_batched_tokens=1024, max_batch_size=16,
+    max_tiles_per_image=12, max_tiles_per_request=26,
+)  # fmt: skip
+FAMILIES = [config.Family.QWEN2, config.Family.INTERNLM2]
+
+
+def tiny(family):
+    return shapes.tiny_model(shapes.TINY, family, vocab_size=512)
+
+
+def published(name, *, layers):
+    """A published shape with fewer layers in both stacks."""
+    shape = shapes.PUBLISHED[name]
+    return dataclasses.replace(
+        shape,
+        language=dataclasses.replace(shape.language, num_hidden_layers=layers),
+        vision=dataclasses.replace(shape.vision, num_hidden_layers=layers),
+    )
+
+
+MODELS = {
+    "tiny-qwen2": functools.partial(tiny, FAMILIES[0]),
+    "tiny-internlm2": functools.partial(tiny, FAMILIES[1]),
+    "1B": functools.partial(published, "InternVL2_5-1B", layers=4),
+    "8B": functools.partial(published, "InternVL2_5-8B", layers=3),
+}
+
+
+def random_weights(model, dtype):
+    """Weights of both halves, by the names of a rank checkpoint."""
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def normal(*shape, deviation):
+        drawn = torch.randn(shape, generator=generator, device="cuda", dtype=torch.float32)
+        return (drawn * deviation).to(dtype)
+
+    def initial(name, shape):
+        if len(shape) == 1:
+            return (torch.zeros if name.endswith("bias") else torch.ones)(shape).to("cuda", dtype)
+        return normal(*shape, deviation=math.prod(shape[1:]) ** -0.5)
+
+    tower = {
+        name: initial(name, shape)
+        for name, shape in tensors.list_tensors(model)
+        if not name.startswith("language_model")
+    }
+    language = model.language
+    hidden, inner = language.hidden_size, language.intermediate_size
+    rows = (language.num_attention_heads + 2 * language.num_key_value_heads) * language.head_size
+    decoder = {
+        "transformer.vocab_embedding.weight": normal(language.vocab_size, hidden, deviation=1.0),
+        "transformer.ln_f.weight": torch.ones(hidden, device="cuda", dtype=dtype),
+        "lm_head.weight": normal(language.vocab_size, hidden, deviation=hidden**-0.5),
+    }
+    for number in range(language.num_hidden_layers):
+        root = f"transformer.layers.{number}."
+        for name, shape in {
+            "input_layernorm.weight": (hidden,), "post_layernorm.weight": (hidden,),
+            "attention.qkv.weight": (rows, hidden),
+            "attention.dense.weight": (hidden, rows - 2 * language.num_key_value_heads
+                                       * language.head_size),
+            "mlp.fc.weight": (inner, hidden), "mlp.gate.weight": (inner, hidden),
+            "mlp.proj.weight": (hidden, inner),
+        }.items():  # fmt: skip
+            decoder[root + name] = initial(name, shape)
+        if language.family is config.Family.QWEN2:
+            decoder[f"{root}attention.qkv.bias"] = normal(rows, deviation=0.1)
+    return {"vision.safetensors": tower, "rank0.safetensors": decoder}
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Loads a shape with random weights; `plain` for torch's attention, one at a time."""
+
+    def load_engine(model, dtype, *, device="cuda", plain=False, limits=LIMITS, **options):
+        every = random_weights(model, dtype)
+
+        def load_weights(path, place):
+            moved = {name: tensor.to(place) for name, tensor in every[path.name].items()}
+            return weights.Weights(moved)
+
+        monkeypatch.setattr(loading.weights, "load_weights", load_weights)
+        if plain:
+            monkeypatch.setattr(
+                loading, "_choose_attention", lambda cache, _: attention.TorchAttention(cache)
+            )
+        engine = loading.load_engine(
+            Path("/nowhere"),
+            model,
+            dataclasses.replace(limits, max_batch_size=1) if plain else limits,
+            options=loading.Options(device=device, kv_cache_bytes=2**30, **options),
+        )
+        monkeypatch.undo()
+        return engine
+
+    return load_engine
+
+
+def requests(seed, count):
+    rng = random.Random(seed)
+    shared = words(rng, 100)
+    for number in range(count):
+        parts = [shared[: rng.randrange(101)], words(rng, rng.randrange(1, 300))]
+        if rng.random() < 0.4:
+            parts.insert(1, picture(rng.randrange(4), tiles=rng.randrange(1, 4)))
+        yield ask(f"r{number}", parts, context=CONTEXT, max_tokens=rng.randrange(4, 24))
+
+
+@pytest.mark.parametrize("dtype", list(TIES), ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_batches_equal_one_at_a_time_in_eager_torch(load, name, dtype):
+    model, asked = MODELS[name](), list(requests(1, 24))
+    eager = load(model, dtype, plain=True, lag=0)
+    expected = {r.request_id: answer_alone(eager, r, tiles) for r, tiles in asked}
+    del eager
+    engine = load(model, dtype)
+    kind = type(engine.runner._attend).__name__
+    for request, tiles in asked:
+        engine.submit(request, tiles)
+    answers = {}
+    collect(engine, answers)
+    compared = 0
+    for name_, (tokens, margins) in expected.items():
+        assert len(answers[name_]) == len(tokens)
+        assert_equal_but_for_ties(answers[name_], tokens, margins, tie=TIES[dtype])
+        is_tie = [margin < TIES[dtype] for margin in margins]
+        compared += is_tie.index(True) if True in is_tie else len(is_tie)
+    total = sum(len(tokens) for tokens, _ in expected.values())
+    print(f"{name} {dtype}: {kind}, {compared} of {total} tokens compared before a tie")
+    assert compared > total / 20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_equals_the_cpu_in_float32(load, family):
+    model, asked = tiny(family), list(requests(2, 12))
+    cpu = load(model, torch.float32, device="cpu", plain=True)
+    engine = load(model, torch.float32)
+    for request, tiles in asked:
+        tokens, margins = answer_alone(cpu, request, tiles)
+        given = [t for step in engine.answer(request, tiles) for t in step.token_ids]
+        assert_equal_but_for_ties(given, tokens, margins, tie=TIES[torch.float32])
+
+
+def test_the_cache_takes_what_the_largest_step_leaves_free(load):
+    model = published("InternVL2_5-1B", layers=2)
+    engine = load(model, torch.bfloat16)
+    free, total = torch.cuda.mem_get_info()
+    per_block = attention.bytes_per_block(model.language, torch.bfloat16)
+    assert engine.scheduler.pool.count * per_block <= 2**30
+    assert free < total
+    tiles = np.zeros((26, 448, 448, 3), dtype=np.uint8)
+    request, cut = ask("large", [words(random.Random(1), 2000), tiles[:4]], context=CONTEXT)
+    assert len(list(engine.answer(request, cut))) == 8
