@@ -68,6 +68,8 @@ class Api:
         get("/version")(self.tell_version)
         get("/healthz")(self.check_health)
         get("/readyz")(self.check_readiness)
+        # What load tools for vLLM ask first.
+        get("/health")(self.check_readiness)
 
     async def create_chat_completion(
         self, body: schemas.ChatCompletionRequest, http: fastapi.Request
