@@ -1,5 +1,6 @@
 """tiny-shapes answers right, and for the right reasons."""
 
+import concurrent.futures
 import random
 
 import httpx
@@ -17,6 +18,7 @@ from tiny_shapes import questions, scenes
 
 Kind = questions.Kind
 MODELS = ("tiny-shapes",)
+AT_ONCE = 8
 SEED = 31
 CONTROL = 200
 CHANCE_POINTS = 0.05
@@ -32,7 +34,12 @@ def engine(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shapes(engine):
-    with runtime_process.serve(engine) as server, httpx.Client(timeout=120) as client:
+    """Asks a server several questions at once; returns the answers."""
+    with (
+        runtime_process.serve(engine) as server,
+        httpx.Client(timeout=120) as client,
+        concurrent.futures.ThreadPoolExecutor(AT_ONCE) as threads,
+    ):
 
         def answer(question):
             body = {
@@ -44,23 +51,33 @@ def shapes(engine):
             assert got.status_code == 200, got.text
             return got.json()["choices"][0]["message"]["content"]
 
-        yield answer
+        yield lambda asked: list(threads.map(answer, asked))
 
 
-def share_right(answer, asked):
+def share_right(shapes, asked):
     asked = list(asked)
-    return sum(answer(question) == question.answer for question in asked) / len(asked)
+    given = shapes(asked)
+    return sum(q.answer == text for q, text in zip(asked, given, strict=True)) / len(asked)
 
 
-def test_fresh_questions_are_answered_right(shapes):
-    count = 500
+def assert_right(shapes, count, *, seed):
+    asked = list(shape_questions.fresh(count, seed=seed))
     wrong = [
         (question.kind.value, question.answer, given)
-        for question in shape_questions.fresh(count, seed=SEED)
-        if (given := shapes(question)) != question.answer
+        for question, given in zip(asked, shapes(asked), strict=True)
+        if given != question.answer
     ]
     print(f"{count - len(wrong)} of {count} right; wrong: {wrong}")
     assert len(wrong) <= count / 100
+
+
+def test_fresh_questions_are_answered_right(shapes):
+    assert_right(shapes, 500, seed=SEED)
+
+
+@pytest.mark.long
+def test_two_thousand_fresh_questions_are_answered_right(shapes):
+    assert_right(shapes, 2000, seed=SEED + 1)
 
 
 def of_kind(kind, *, grids=((1, 1),), count=CONTROL):
@@ -69,7 +86,8 @@ def of_kind(kind, *, grids=((1, 1),), count=CONTROL):
 
 CONTROLS = {
     "blank picture": (Kind.ONE_MARK, shape_questions.blank, 1 / 64),
-    "earlier turn dropped": (Kind.COLOUR_OF_IT, shape_questions.without_earlier_turns, 1 / 4),
+    # Two pictures of 4 shapes and 4 colours are alike once in 16 times.
+    "pictures swapped": (Kind.SECOND_IMAGE, shape_questions.swapped, 1 / 16),
 }
 
 
@@ -79,6 +97,17 @@ def test_without_what_they_need_answers_fall_to_chance(shapes, control):
     share = share_right(shapes, (change(question) for question in of_kind(kind)))
     print(f"{control}: {share:.3f}, chance {chance:.3f}")
     assert abs(share - chance) <= CHANCE_POINTS
+
+
+def test_an_earlier_turn_is_what_the_answer_is_about(shapes):
+    asked = list(of_kind(Kind.COLOUR_OF_IT))
+    dropped = share_right(shapes, map(shape_questions.without_earlier_turns, asked))
+    exchanged = share_right(
+        shapes, map(shape_questions.with_earlier_turns_of, asked, [*asked[1:], asked[0]])
+    )
+    print(f"earlier turn dropped: {dropped:.3f}, another's: {exchanged:.3f}, chance {1 / 4:.3f}")
+    assert dropped <= 1 / 4 + CHANCE_POINTS
+    assert abs(exchanged - 1 / 4) <= CHANCE_POINTS
 
 
 class InProcess:
@@ -118,6 +147,24 @@ def test_a_lost_system_turn_shows(local):
         rest = segments[segments.index(conversation.Control.TURN_END) + 2 :]
         cut = [tiles_of(question.pictures[0])]
         assert local.ask(question, cut, rest) == questions.NO_SYSTEM_TURN
+
+
+def shuffle(cut, rng):
+    """Put every grid tile at another place; each corner's mark is another's then."""
+    order = [*range(len(cut) - 1)]
+    while any(place == tile for place, tile in enumerate(order)):
+        rng.shuffle(order)
+    return cut[[*order, len(cut) - 1]]
+
+
+def test_with_its_tiles_in_another_order_a_corner_is_a_guess(local):
+    rng = random.Random(SEED)
+    right = 0
+    for question in of_kind(Kind.CORNER, grids=((2, 2),)):
+        (scene,) = question.pictures
+        right += local.ask(question, [shuffle(tiles_of(scene), rng)]) == question.answer
+    print(f"tiles shuffled: {right / CONTROL:.3f}, chance {1 / 4:.3f}")
+    assert abs(right / CONTROL - 1 / 4) <= CHANCE_POINTS
 
 
 def test_the_model_has_at_most_8_megabytes():

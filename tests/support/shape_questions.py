@@ -9,12 +9,16 @@ from internvl_runtime.model import conversation
 from tiny_shapes import questions, scenes
 
 KINDS = {
-    questions.Kind.ONE_MARK: 6, questions.Kind.COLOUR_OF_IT: 2, questions.Kind.SYSTEM: 2,
-    questions.Kind.TEXT: 1,
+    questions.Kind.ONE_MARK: 2, questions.Kind.CORNER: 4, questions.Kind.OTHER_CORNER: 2,
+    questions.Kind.COLOURED_CORNER: 1, questions.Kind.WHERE: 1, questions.Kind.WHICH_IMAGE: 3,
+    questions.Kind.WHICH_COLOUR: 1, questions.Kind.SECOND_IMAGE: 2,
+    questions.Kind.COLOUR_OF_IT: 2, questions.Kind.SYSTEM: 1, questions.Kind.TEXT: 1,
 }  # fmt: skip
-"""How often each kind is asked of those that the shipped weights have learned."""
+"""How often each kind is asked."""
 
-_TWO_PICTURES = {questions.Kind.WHICH_IMAGE, questions.Kind.SECOND_IMAGE}
+_TWO_PICTURES = {
+    questions.Kind.WHICH_IMAGE, questions.Kind.WHICH_COLOUR, questions.Kind.SECOND_IMAGE,
+}  # fmt: skip
 
 
 def fresh(count, *, seed, kinds=KINDS, grids=questions.GRIDS):
@@ -53,9 +57,20 @@ def blank(question):
     return dataclasses.replace(question, pictures=empty)
 
 
+def swapped(question):
+    """Return the question with its pictures in the other order."""
+    return dataclasses.replace(question, pictures=question.pictures[::-1])
+
+
 def without_earlier_turns(question):
     """Return the last turn alone."""
     return dataclasses.replace(question, turns=question.turns[-1:])
+
+
+def with_earlier_turns_of(question, other):
+    """Return the last turn behind the earlier turns, and their picture, of another question."""
+    turns = (*other.turns[:-1], question.turns[-1])
+    return dataclasses.replace(question, turns=turns, pictures=other.pictures)
 
 
 def _part(part, question):

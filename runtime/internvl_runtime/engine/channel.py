@@ -7,11 +7,9 @@ be left behind, whoever dies.
 """
 
 import asyncio
-import mmap
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -213,10 +211,8 @@ def receive_tiles(
     if not packet:
         return None
     described = msgspec.msgpack.decode(packet, type=TilesPacket)
-    shape = (described.count, *tile_shape)
-    try:
-        # The mapping keeps the memory; it is freed with the last array over it.
-        mapped: Any = mmap.mmap(descriptors[0], int(np.prod(shape)), flags=mmap.MAP_PRIVATE)
-    finally:
-        os.close(descriptors[0])
-    return described.content_hash, np.frombuffer(mapped, dtype=np.uint8).reshape(shape)
+    # A mapping would hold a descriptor for as long as the tiles wait.
+    with os.fdopen(descriptors[0], "rb") as file:
+        file.seek(0)
+        tiles = np.fromfile(file, dtype=np.uint8)
+    return described.content_hash, tiles.reshape((described.count, *tile_shape))

@@ -94,12 +94,15 @@ class WorkerEngine:
             server = await asyncio.start_unix_server(
                 lambda reader, writer: connected.set_result((reader, writer)), path
             )
-            async with server:
+            try:
                 with channel.listen_for_tiles(channel.tiles_path(path)) as listening:
                     self._process = await self._spawn(path)
                     reader, self._writer = await self._unless_it_ends(connected)
                     await self._wait_until_ready(reader)
                     self._tiles = await self._accept(listening)
+            finally:
+                # Waiting until it is closed would, from Python 3.12 on, wait for the worker's end.
+                server.close()
         self._heard = time.monotonic()
         self._ready = True
         self._start(self._receive(reader), "engine-receive")
@@ -240,7 +243,7 @@ class WorkerEngine:
             except errors.RequestError as e:
                 self._send(channel.PictureFailed(image.content_hash, channel.failure_of(e)))
             except (ConnectionError, TimeoutError) as e:
-                logger.info("the worker does not take tiles: %s", e)
+                self._give_up(f"the engine worker does not take pictures: {e}")
             except Exception:
                 logger.exception("a picture of %s could not be loaded", request_id)
                 failure = channel.Failure(message="this request failed; the log says why")
@@ -259,6 +262,8 @@ class WorkerEngine:
                 self._give_up(f"the engine has not been heard of for {silent:.0f} s")
 
     def _give_up(self, why: str) -> None:
+        if not self._ready:
+            return
         logger.error("%s: ending it", why)
         if self._process and self._process.returncode is None:
             self._process.kill()

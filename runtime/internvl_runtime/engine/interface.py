@@ -190,6 +190,7 @@ class StepReport:
     pictures_found: int
     """In the cache of picture features."""
     picture_cache_bytes: int
+    """Now."""
 
     @property
     def tokens(self) -> int:

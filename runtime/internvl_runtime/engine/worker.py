@@ -211,8 +211,10 @@ def _start_receiving_tiles(socket: Path, worker: Worker) -> None:
     connected = channel.connect_for_tiles(channel.tiles_path(socket))
 
     def receive() -> None:
-        while received := channel.receive_tiles(connected, vision.TILE_SHAPE):
-            worker.put(Tiles(*received))
+        # The server ends a worker that does not take tiles.
+        with connected:
+            while received := channel.receive_tiles(connected, vision.TILE_SHAPE):
+                worker.put(Tiles(*received))
 
     threading.Thread(target=receive, name="tiles", daemon=True).start()
 

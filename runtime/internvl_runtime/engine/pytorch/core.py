@@ -76,7 +76,7 @@ class _RowError(Exception):
 
 
 LoadPicture = Callable[[str, int], None]
-"""Asks for picture `index` of a request; `put_tiles` or `fail` brings the answer."""
+"""Asks for picture `index` of a request; `put_tiles` or `fail_picture` brings the answer."""
 
 
 class Engine:
@@ -107,6 +107,7 @@ class Engine:
         self._under_way: deque[_UnderWay] = deque()
         self._failed: list[interface.Step] = []
         self._good_steps = 0
+        self._may_ask = True
 
     @property
     def is_busy(self) -> bool:
@@ -178,6 +179,8 @@ class Engine:
 
     def fail_picture(self, content_hash: str, error: errors.RuntimeBaseError) -> None:
         """Give up the requests that need a picture which can not be loaded."""
+        if not self.pictures.is_asked(content_hash):
+            return
         self.pictures.forget(content_hash)
         for request_id, answer in list(self._answers.items()):
             if content_hash in answer.request.content_hashes:
@@ -189,6 +192,7 @@ class Engine:
         Returns nothing where every request waits for its pictures.
         """
         began = self._clock()
+        self._may_ask = True
         planned = self.scheduler.plan()
         launched = planned is not None and self._launch(planned, began)
         made = []
@@ -227,10 +231,16 @@ class Engine:
                     self._answers[sequence.request_id].request.content_hashes
                 )
             }
-            self.pictures.ask(
-                missing, lambda content: self._load(sequence.request_id, indexes[content])
+            # Behind one that finds no room nobody may ask: small requests would starve it.
+            self._may_ask = self._may_ask and self.pictures.ask(
+                missing,
+                lambda content: self._load(sequence.request_id, indexes[content]),
+                is_first=sequence is self._first_waiting(),
             )
         return not missing
+
+    def _first_waiting(self) -> scheduler.Sequence_ | None:
+        return next(iter(self.scheduler.waiting), None)
 
     def _launch(self, step: scheduler.Step, began: float) -> bool:
         """Give a step to the device; False when it had to be taken back."""
@@ -276,23 +286,27 @@ class Engine:
         }
         if not wanted:
             return
-        self._fill_pass(wanted)
-        needed = {
+        needed = self._needed()
+        self._fill_pass(wanted, needed)
+        for content_hash, features in self.runner.encode(wanted):
+            self.pictures.put_features(content_hash, features, needed=needed)
+
+    def _needed(self) -> set[str]:
+        """Return the pictures that running sequences still need features of."""
+        return {
             each.content_hash
             for sequence in self.scheduler.running
             for each in _pictures_behind(sequence, sequence.completed)
         }
-        for content_hash, features in self.runner.encode(wanted):
-            self.pictures.put_features(content_hash, features, needed=needed)
 
-    def _fill_pass(self, wanted: dict[str, gallery.Tiles]) -> None:
+    def _fill_pass(self, wanted: dict[str, gallery.Tiles], needed: set[str]) -> None:
         """Add waiting pictures while the tower's last pass has room for them."""
         size = self.runner.tiles_per_pass
         room = -sum(map(len, wanted.values())) % size
         bytes_per_tile = self.runner.feature_bytes_per_tile
         for content_hash, tiles in self.pictures.waiting.items():
             fits = self.pictures.has_room_for(
-                bytes_per_tile * (len(tiles) + sum(map(len, wanted.values())))
+                bytes_per_tile * (len(tiles) + sum(map(len, wanted.values()))), needed=needed
             )
             if content_hash not in wanted and len(tiles) <= room and fits:
                 wanted[content_hash] = tiles
@@ -378,7 +392,10 @@ class Engine:
             for content_hash in other.request.content_hashes
         }
         for content_hash in answer.request.content_hashes:
-            if content_hash not in others:
+            if content_hash in others:
+                # The server may have dropped a load that was asked for in this request's name.
+                self.pictures.ask_again(content_hash)
+            else:
                 self.pictures.forget(content_hash)
 
     def _fail(self, request_id: str, error: errors.RuntimeBaseError) -> None:
@@ -388,7 +405,7 @@ class Engine:
     def _survive(self, step: scheduler.Step) -> None:
         """Go on after a step that memory was too short for: smaller, or without a request."""
         self._good_steps = 0
-        self.pictures.shrink(0, needed={h for c in step.chunks for _, h in c.sequence.pictures})
+        self.pictures.shrink(0, needed=self._needed())
         if self.runner.model.device.type == "cuda":
             torch.cuda.empty_cache()
         if step.tokens > 1 and self.scheduler.budget > 1:

@@ -60,15 +60,22 @@ class Gallery:
         """Return those of which nothing is at hand."""
         return [each for each in wanted if not self.has(each.content_hash)]
 
-    def ask(self, wanted: Collection[Wanted], load: Callable[[str], None]) -> None:
-        """Ask for the tiles of pictures, all or none: none where there is no room for them."""
+    def ask(
+        self, wanted: Collection[Wanted], load: Callable[[str], None], *, is_first: bool
+    ) -> bool:
+        """Ask for the tiles of pictures, all or none; returns whether they are on their way.
+
+        Where there is no room only the first in rank may ask, so that no two
+        sequences wait for each other's tiles to go.
+        """
         new = {e.content_hash: e.tiles for e in wanted if e.content_hash not in self._asked}
         held = sum(self._asked.values()) + sum(len(tiles) for tiles in self._tiles.values())
-        if held and held + sum(new.values()) > self._max_waiting_tiles:
-            return
+        if held + sum(new.values()) > self._max_waiting_tiles and not is_first:
+            return False
         self._asked |= new
         for content_hash in new:
             load(content_hash)
+        return True
 
     def offer(self, content_hash: str, tiles: Tiles) -> None:
         """Take in tiles that nobody has asked for."""
@@ -79,6 +86,14 @@ class Gallery:
         """Take in tiles that were asked for; others are dropped."""
         if self._asked.pop(content_hash, 0):
             self._tiles[content_hash] = tiles
+
+    def is_asked(self, content_hash: str) -> bool:
+        """Whether tiles of a picture are on their way."""
+        return content_hash in self._asked
+
+    def ask_again(self, content_hash: str) -> None:
+        """Forget that a picture was asked for: whoever needs it will ask in its own name."""
+        self._asked.pop(content_hash, None)
 
     def forget(self, content_hash: str) -> None:
         """Give up a picture that nobody needs any more, or that can not be loaded."""
@@ -103,9 +118,10 @@ class Gallery:
         self._feature_bytes += features.nbytes
         self.shrink(self._max_feature_bytes, needed={content_hash, *needed})
 
-    def has_room_for(self, num_bytes: int) -> bool:
-        """Whether features of that size could stay."""
-        return self._feature_bytes + num_bytes <= self._max_feature_bytes
+    def has_room_for(self, num_bytes: int, *, needed: Collection[str]) -> bool:
+        """Whether features of that size could stay beside those that are needed."""
+        kept = sum(self._features[each].nbytes for each in needed if each in self._features)
+        return kept + num_bytes <= self._max_feature_bytes
 
     def shrink(self, max_bytes: int, *, needed: Collection[str]) -> None:
         """Drop the longest unused features until they fit."""

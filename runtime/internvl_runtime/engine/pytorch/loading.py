@@ -66,7 +66,7 @@ def load_engine(
     decoder = language.LanguageModel(
         model.language,
         weights.load_weights(checkpoint / "rank0.safetensors", place),
-        max_tokens=limits.max_sequence_tokens,
+        max_tokens=max(limits.max_sequence_tokens, limits.max_batched_tokens),
     )
     step_limits = scheduler.Limits(
         max_batch_size=limits.max_batch_size,

@@ -65,13 +65,17 @@ def choose(logits: torch.Tensor, rows: Sequence[Row]) -> Chosen:
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
         token_ids[index] = _draw(adjusted[index], [rows[number] for number in drawn])
-    for number, row in enumerate(rows):
-        if row.seen:
-            row.seen.generated[token_ids[number]] += 1
     told_rows = tuple(
         number for number, row in enumerate(rows) if row.sampling.log_probabilities is not None
     )
-    return Chosen(token_ids, told_rows, _tell(logits, token_ids, rows, told_rows))
+    told = _tell(logits, token_ids, rows, told_rows)
+    # Last, so that a step which memory is too short for has counted nothing.
+    for number, row in enumerate(rows):
+        if row.seen:
+            row.seen.generated.index_add_(
+                0, token_ids[number : number + 1], torch.ones(1, device=logits.device)
+            )
+    return Chosen(token_ids, told_rows, told)
 
 
 def tell(chosen: Chosen, rows: Sequence[Row]) -> dict[int, interface.TokenLogProbabilities]:

@@ -322,10 +322,10 @@ class Scheduler:
         sequence.computed = sequence.completed = len(found) * BLOCK_TOKENS
         for block, block_hash in self._announceable(sequence):
             self.pool.announce(block, block_hash)
-        self.prompt_tokens_looked_up += len(sequence.token_ids)
-        self.prompt_tokens_found += sequence.computed
         if not sequence.has_run:
             sequence.has_run, sequence.cached_tokens = True, sequence.computed
+            self.prompt_tokens_looked_up += sequence.prompt_tokens
+            self.prompt_tokens_found += sequence.computed
         self.waiting.remove(sequence)
         _insert(self.running, sequence)
 
