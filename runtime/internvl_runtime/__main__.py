@@ -235,12 +235,12 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--requests", type=int, default=100, help="conversations to send")
     parser.add_argument("--warmup", type=int, default=2, help="conversations before, unmeasured")
-    parser.add_argument("--concurrency", type=int, default=16, help="conversations at once")
+    parser.add_argument("--concurrency", type=int, help="conversations at once; 16 without a rate")
     parser.add_argument("--rate", type=float, help="conversations that begin each second")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--picture", default="1280x720", metavar="WIDTHxHEIGHT")
     parser.add_argument("--words", type=int, default=64, help="words of each question")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="repeats a run's pictures; random if left out")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="report.json, report.md, run.svg"
     )

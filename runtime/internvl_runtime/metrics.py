@@ -86,27 +86,31 @@ _COUNTED = {
 """Counters of what reports count since the engine's start."""
 
 
-class StepObserver:
+class EngineObserver:
     """Brings an engine's reports into the metrics."""
 
     def __init__(self) -> None:
         self._counted = dict.fromkeys(_COUNTED, 0)
 
-    def __call__(self, report: interface.StepReport) -> None:
+    def observe_step(self, report: interface.StepReport) -> None:
         """Take in one step."""
         phases = {"prefill": report.prefill_tokens, "decode": report.decodes}
         phase = "+".join(name for name, tokens in phases.items() if tokens)
         STEP_TIME.labels(phase).observe(report.seconds)
         ITERATION_TOKENS.observe(report.tokens)
-        REQUESTS_RUNNING.set(report.running)
-        REQUESTS_WAITING.set(report.waiting)
-        CACHE_BLOCKS_USED.set(report.blocks_used)
-        PICTURE_CACHE_BYTES.set(report.picture_cache_bytes)
+        self.observe_load(report.load)
         TILES.inc(report.tiles)
         TOWER_PASSES.inc(report.tower_passes)
         for counter, field in _COUNTED.items():
             counter.inc(getattr(report, field) - self._counted[counter])
             self._counted[counter] = getattr(report, field)
+
+    def observe_load(self, load: interface.EngineLoad) -> None:
+        """Take in what the engine holds."""
+        REQUESTS_RUNNING.set(load.running)
+        REQUESTS_WAITING.set(load.waiting)
+        CACHE_BLOCKS_USED.set(load.blocks_used)
+        PICTURE_CACHE_BYTES.set(load.picture_cache_bytes)
 
 
 def serve(port: int) -> None:

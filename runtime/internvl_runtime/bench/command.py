@@ -5,6 +5,7 @@ import asyncio
 import functools
 import json
 import os
+import secrets
 from typing import Any
 
 import rich.console
@@ -17,20 +18,21 @@ from internvl_runtime.bench import load, plots, report, scenarios
 
 def run(arguments: argparse.Namespace) -> None:
     """Load a server and report. Raises StageError when the figures are worth nothing."""
+    seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
     plan = load.Plan(
         url=arguments.url.rstrip("/"),
         model=arguments.model,
         api_key=os.environ.get("OPENAI_API_KEY"),
         max_tokens=arguments.max_tokens,
-        concurrency=arguments.concurrency,
+        concurrency=arguments.concurrency or (None if arguments.rate else 16),
         rate=arguments.rate,
-        seed=arguments.seed,
+        seed=seed,
     )
     write = functools.partial(
         scenarios.write_conversation,
         scenarios.Scenario(arguments.scenario),
         _shape(arguments.picture, arguments.words),
-        seed=arguments.seed,
+        seed=seed,
     )
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(console=console) as progress:

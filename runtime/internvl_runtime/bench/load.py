@@ -25,8 +25,8 @@ class Plan:
     model: str | None
     api_key: str | None
     max_tokens: int
-    concurrency: int
-    """Conversations at once; with a rate: the most."""
+    concurrency: int | None
+    """Most conversations at once; None: no bound."""
     rate: float | None = None
     """Conversations that begin each second, at random times; None begins one when one ends."""
     seed: int = 0
@@ -64,21 +64,23 @@ async def run(
 ) -> Run:
     """Send all conversations; calls `report` after each."""
     started, used = time.perf_counter(), _processor_seconds()
-    at_once = asyncio.Semaphore(plan.concurrency)
+    at_once = asyncio.Semaphore(plan.concurrency or len(conversations) or 1)
     timeout = aiohttp.ClientTimeout(total=_SECONDS)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         client = _Client(session, plan, started)
 
-        async def converse(conversation: scenarios.Conversation) -> list[Measured]:
+        async def converse(
+            conversation: scenarios.Conversation, due: float | None
+        ) -> list[Measured]:
             async with at_once:
-                measured = await client.converse(conversation)
+                measured = await client.converse(conversation, due=due)
                 report()
                 return measured
 
         tasks = [
-            asyncio.create_task(converse(conversation), name="conversation")
-            async for conversation in _arrivals(conversations, plan)
+            asyncio.create_task(converse(conversation, due), name="conversation")
+            async for conversation, due in _arrivals(conversations, plan)
         ]
         every = await asyncio.gather(*tasks)
     seconds = time.perf_counter() - started
@@ -91,15 +93,18 @@ async def run(
 
 async def _arrivals(
     conversations: Sequence[scenarios.Conversation], plan: Plan
-) -> AsyncIterator[scenarios.Conversation]:
-    """Yield conversations when they are to begin, as a Poisson process where there is a rate."""
+) -> AsyncIterator[tuple[scenarios.Conversation, float | None]]:
+    """Yield conversations when they are to begin, as a Poisson process where there is a rate.
+
+    And when that was: time that they wait behind it counts.
+    """
     rng = random.Random(plan.seed)  # noqa: S311 - reproducible, no secret
     due = time.perf_counter()
     for conversation in conversations:
         if plan.rate:
             due += rng.expovariate(plan.rate)
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        yield conversation
+        yield conversation, due if plan.rate else None
 
 
 class _Client:
@@ -111,22 +116,27 @@ class _Client:
         if plan.api_key:
             self._headers["Authorization"] = f"Bearer {plan.api_key}"
 
-    async def converse(self, conversation: scenarios.Conversation) -> list[Measured]:
-        """Ask every question; an error ends the conversation."""
+    async def converse(
+        self, conversation: scenarios.Conversation, *, due: float | None
+    ) -> list[Measured]:
+        """Ask every question, the first one at a time that is due; an error ends it."""
         messages: list[scenarios.Message] = []
         measured = []
         for turn, question in enumerate(conversation.questions):
             messages.append(question)
-            one, text = await self._ask(messages, turn)
+            began = due - self._started if due and not turn else None
+            one, text = await self._ask(messages, turn, began)
             measured.append(one)
             if one.error:
                 break
             messages.append({"role": "assistant", "content": text})
         return measured
 
-    async def _ask(self, messages: Sequence[scenarios.Message], turn: int) -> tuple[Measured, str]:
+    async def _ask(
+        self, messages: Sequence[scenarios.Message], turn: int, began: float | None
+    ) -> tuple[Measured, str]:
         body = json.dumps(self._body(messages)).encode()
-        began = self._now()
+        began = self._now() if began is None else began
         answer = _Answer(self._now)
         error = None
         try:

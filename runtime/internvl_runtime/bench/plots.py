@@ -45,10 +45,11 @@ def plot_steps(steps: Sequence[dict[str, Any]], path: Path) -> None:
     axes[0].bar(times, [s["prefill_tokens"] for s in steps], width=0.01, label="prefill")
     axes[0].plot(times, [s["decodes"] for s in steps], ".", ms=3, color="C1", label="decodes")
     axes[0].set(ylabel="tokens of a step", yscale="symlog")
+    loads = [step["load"] for step in steps]
     for name in ("running", "waiting"):
-        axes[1].step(times, [step[name] for step in steps], where="post", label=name)
+        axes[1].step(times, [load[name] for load in loads], where="post", label=name)
     axes[1].set(ylabel="requests")
-    axes[2].step(times, [step["blocks_used"] for step in steps], where="post", label="blocks")
+    axes[2].step(times, [load["blocks_used"] for load in loads], where="post", label="blocks")
     axes[2].plot(times, [step["preemptions"] for step in steps], label="preemptions")
     axes[2].set(ylabel="cache")
     axes[3].plot(

@@ -111,6 +111,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Worker to server, every second: alive, and for how long in the same step."""
 
     step_seconds: float
+    load: interface.EngineLoad
 
 
 ToWorker = Submit | Cancel | PictureFailed | Stop

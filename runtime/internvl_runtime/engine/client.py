@@ -12,7 +12,6 @@ import socket as sockets
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +59,14 @@ class WorkerEngine:
         engine: folder.EngineFolder,
         options: WorkerOptions,
         *,
-        observe: Callable[[interface.StepReport], None],
+        observer: interface.Observer,
     ) -> None:
         self.limits = engine.limits
         self.blocks = 0
         """Of the worker's key/value cache."""
         self._engine = engine
         self._options = options
-        self._observe = observe
+        self._observer = observer
         self._running: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loading = asyncio.Semaphore(options.loading_threads)
@@ -209,11 +208,13 @@ class WorkerEngine:
                 for step in steps:
                     self._deliver(step)
                 for report in reports:
-                    self._observe(report)
+                    self._observer.observe_step(report)
             case channel.LoadPicture(request_id, index):
                 self._start(self._send_picture(request_id, index), f"picture {request_id}")
-            case channel.Heartbeat(step_seconds) if step_seconds > self._options.step_seconds:
-                self._give_up(f"an engine step has been running for {step_seconds:.0f} s")
+            case channel.Heartbeat(step_seconds, load):
+                self._observer.observe_load(load)
+                if step_seconds > self._options.step_seconds:
+                    self._give_up(f"an engine step has been running for {step_seconds:.0f} s")
 
     def _deliver(self, result: channel.StepResult) -> None:
         running = self._running.get(result.request_id)

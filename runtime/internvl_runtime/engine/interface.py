@@ -163,6 +163,17 @@ class Start:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """What an engine holds now."""
+
+    running: int
+    waiting: int
+    blocks_used: int
+    """Blocks of the key/value cache that requests hold."""
+    picture_cache_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReport:
     """What one engine step did, for metrics and the step log."""
 
@@ -177,10 +188,8 @@ class StepReport:
     tiles: int
     """Tiles encoded."""
     tower_passes: int
-    running: int
-    waiting: int
-    blocks_used: int
-    """Blocks of the key/value cache that requests hold."""
+    load: EngineLoad
+    """Behind the step."""
     preemptions: int
     """Since the engine's start, as the following numbers."""
     prompt_tokens_looked_up: int
@@ -189,13 +198,23 @@ class StepReport:
     pictures_looked_up: int
     pictures_found: int
     """In the cache of picture features."""
-    picture_cache_bytes: int
-    """Now."""
 
     @property
     def tokens(self) -> int:
         """Tokens of the step."""
         return self.decodes + self.prefill_tokens
+
+
+class Observer(Protocol):
+    """Is told what an engine does."""
+
+    def observe_step(self, report: StepReport) -> None:
+        """Take in one step."""
+        ...
+
+    def observe_load(self, load: EngineLoad) -> None:
+        """Take in what the engine holds, every second."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

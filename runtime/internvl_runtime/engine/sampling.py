@@ -1,6 +1,7 @@
 """Choosing the next token: pure functions over one row of float32 logits [vocabulary].
 
-A row goes through penalties and bias, the grammar's mask, temperature, top_k,
+They define what the samplers of engines compute, and are what those are
+tested against. A row goes through penalties and bias, the grammar's mask, temperature, top_k,
 top_p and min_p, in this order.
 """
 

@@ -28,6 +28,8 @@ from internvl_runtime.model import prompt, tokenizer
 logger = logging.getLogger(__name__)
 
 _HEARTBEAT_SECONDS = 1.0
+_COMPILED_AT_ONCE = 2
+"""Grammars: each takes a core while it lasts."""
 _MOST_UNSENT = 64
 """Messages that may wait for the server before the engine waits for it."""
 
@@ -198,7 +200,7 @@ async def serve(
         writer.write(channel.encode(channel.Ready(channel.VERSION, engine.scheduler.pool.count)))
         running = loop.run_in_executor(thread, worker.run, engine)
         receiving = asyncio.ensure_future(_receive(reader, Desk(worker, grammars)))
-        beating = asyncio.ensure_future(_beat(writer, worker))
+        beating = asyncio.ensure_future(_beat(writer, worker, engine))
         await asyncio.wait([running, receiving], return_when=asyncio.FIRST_COMPLETED)
         worker.put(channel.Stop())
         await running
@@ -226,6 +228,7 @@ class Desk:
         self._worker = worker
         self._grammars = grammars
         self._compiling: dict[str, asyncio.Task[None]] = {}
+        self._at_once = asyncio.Semaphore(_COMPILED_AT_ONCE)
 
     def take(self, message: channel.ToWorker) -> None:
         """Pass a message on, a request with a constraint once its grammar is there."""
@@ -241,8 +244,9 @@ class Desk:
     async def _compile(self, submit: channel.Submit) -> None:
         matcher = error = None
         try:
-            if submit.constraint:
-                matcher = await asyncio.to_thread(self._grammars.start, submit.constraint)
+            async with self._at_once:
+                if submit.constraint and submit.request_id in self._compiling:
+                    matcher = await asyncio.to_thread(self._grammars.start, submit.constraint)
         except errors.RuntimeBaseError as e:
             error = e
         except Exception:
@@ -263,10 +267,10 @@ async def _receive(reader: asyncio.StreamReader, desk: Desk) -> None:
         desk.take(message)
 
 
-async def _beat(writer: asyncio.StreamWriter, worker: Worker) -> None:
+async def _beat(writer: asyncio.StreamWriter, worker: Worker, engine: core.Engine) -> None:
     while True:
         await asyncio.sleep(_HEARTBEAT_SECONDS)
-        writer.write(channel.encode(channel.Heartbeat(worker.step_seconds)))
+        writer.write(channel.encode(channel.Heartbeat(worker.step_seconds, engine.load())))
 
 
 def _to_submitted(submit: channel.Submit, *, matcher: grammar.Matcher | None) -> core.Submitted:

@@ -64,7 +64,7 @@ async def serve(
     warnings.filterwarnings("ignore", module=r"PIL\.")
     opened = folder.open_engine(engine_dir)
     engine = client.WorkerEngine(
-        opened, _worker_options(config, step_log), observe=metrics.StepObserver()
+        opened, _worker_options(config, step_log), observer=metrics.EngineObserver()
     )
     fetcher = fetch.Fetcher(fetch_policy(config))
     preparer = prepare.create_preparer(

@@ -23,6 +23,8 @@ _NEUTRAL: dict[interface.Capability, tuple[object, ...]] = {
 _MOST_SCHEMA_CHARACTERS = 64 * 2**10
 _MOST_REPEATS = 1024
 _MOST_NESTED_REPEATS = 2**16
+_MOST_REPEATS_IN_ALL = 2**14
+"""About a second of compiling for each 1,024."""
 _MOST_PATTERN_CHARACTERS = 512
 _MOST_GROUPS = 16
 _COUNTS = re.compile(r"\{(?:\d+,)?(\d{1,9})")
@@ -77,7 +79,11 @@ def constraint_of(body: Fields) -> interface.Constraint | None:
         raise _schema_error(
             f"the schema has {len(text)} characters, at most {_MOST_SCHEMA_CHARACTERS} are accepted"
         )
-    _check_repeats(schema, 1)
+    total = _count_repeats(schema, 1)
+    if total > _MOST_REPEATS_IN_ALL:
+        raise _schema_error(
+            f"the repetitions make {total:g} in all, at most {_MOST_REPEATS_IN_ALL} are accepted"
+        )
     return interface.Constraint(interface.ConstraintKind.JSON_SCHEMA, text)
 
 
@@ -135,16 +141,15 @@ def _need(capability: interface.Capability, limits: interface.EngineLimits) -> N
         )
 
 
-def _check_repeats(schema: Any, outer: float) -> None:
+def _count_repeats(schema: Any, outer: float) -> float:
     """Bound the numbers that a grammar is unrolled by, and their product along a path.
 
-    The depth of the body is bounded already.
+    Returns the sum of the numbers. The depth of the body is bounded already.
     """
     if isinstance(schema, list):
-        for part in schema:
-            _check_repeats(part, outer)
+        return sum(_count_repeats(part, outer) for part in schema)
     if not isinstance(schema, dict):
-        return
+        return 0
     own = [
         (name, value)
         for name, value in schema.items()
@@ -153,16 +158,18 @@ def _check_repeats(schema: Any, outer: float) -> None:
     for name, value in own:
         if value > _MOST_REPEATS:
             raise _schema_error(f"{name} is {value}, at most {_MOST_REPEATS} is accepted")
+    repeats = sum(value for _, value in own)
     if isinstance(schema.get("pattern"), str):
-        outer *= _check_pattern(schema["pattern"])
+        product = _check_pattern(schema["pattern"])
+        outer *= product
+        repeats += product - 1
     inner = outer * max([1, *(value for _, value in own)])
     if inner > _MOST_NESTED_REPEATS:
         raise _schema_error(
             f"repetitions inside of repetitions make {inner:g}, at most {_MOST_NESTED_REPEATS} "
             "are accepted"
         )
-    for part in schema.values():
-        _check_repeats(part, inner)
+    return repeats + sum(_count_repeats(part, inner) for part in schema.values())
 
 
 def _check_pattern(pattern: str) -> int:

@@ -72,3 +72,20 @@ def test_an_answer_has_the_room_that_is_left(prompt_tokens, wanted, default, exp
 
 def test_unknown_fields_are_told_apart_from_those_without_effect():
     assert chat(user="me", store=True, fancy=1, tools=[]).unknown_fields() == ["fancy"]
+
+
+def schema_body(schema):
+    wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    return schemas.ChatCompletionRequest(
+        messages=[{"role": "user", "content": "x"}], response_format=wanted
+    )
+
+
+def test_many_large_repetitions_are_refused_together():
+    def strings(count):
+        properties = {f"p{n}": {"type": "string", "maxLength": 1000} for n in range(count)}
+        return {"type": "object", "properties": properties}
+
+    assert sampling.constraint_of(schema_body(strings(10)))
+    with pytest.raises(errors.RequestError, match="make 40000 in all, at most 16384"):
+        sampling.constraint_of(schema_body(strings(40)))

@@ -69,8 +69,8 @@ class _UnderWay:
 class _RowError(Exception):
     """Raised when a request's next token can not be chosen."""
 
-    def __init__(self, request_id: str, error: errors.RequestError) -> None:
-        super().__init__(error.message)
+    def __init__(self, request_id: str, error: errors.RuntimeBaseError) -> None:
+        super().__init__(str(error))
         self.request_id = request_id
         self.error = error
 
@@ -118,6 +118,16 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a request is not answered yet."""
         return bool(self._answers or self._under_way or self._failed)
+
+    def load(self) -> interface.EngineLoad:
+        """Return what the engine holds; for any thread."""
+        pool = self.scheduler.pool
+        return interface.EngineLoad(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            blocks_used=pool.count - pool.free,
+            picture_cache_bytes=self.pictures.feature_bytes,
+        )
 
     def take_reports(self) -> list[interface.StepReport]:
         """Return what steps did since the last call."""
@@ -263,10 +273,7 @@ class Engine:
                 raise
             logger.exception("a step failed")
             for chunk in step.chunks:
-                self._fail(
-                    chunk.sequence.request_id,
-                    errors.EngineUnavailableError("this request failed; the server's log says why"),
-                )
+                self._fail(chunk.sequence.request_id, _unexpected())
             return False
         for chunk in step.chunks:
             answer = self._answers[chunk.sequence.request_id]
@@ -321,6 +328,11 @@ class Engine:
                     rows.append(self._row(answer, chunk.position))
             except errors.RequestError as e:
                 raise _RowError(chunk.sequence.request_id, e) from e
+            except Exception as e:
+                if _is_out_of_memory(e):
+                    raise
+                logger.exception("request %s failed", chunk.sequence.request_id)
+                raise _RowError(chunk.sequence.request_id, _unexpected()) from e
         return rows
 
     def _row(self, answer: _Answer, position: int) -> sampler.Row:
@@ -440,15 +452,12 @@ class Engine:
                 prefill_tokens=step.tokens - step.decodes,
                 tiles=under_way.tiles,
                 tower_passes=under_way.passes,
-                running=len(planner.running),
-                waiting=len(planner.waiting),
-                blocks_used=planner.pool.count - planner.pool.free,
+                load=self.load(),
                 preemptions=planner.preemptions,
                 prompt_tokens_looked_up=planner.prompt_tokens_looked_up,
                 prompt_tokens_found=planner.prompt_tokens_found,
                 pictures_looked_up=pictures.lookups,
                 pictures_found=pictures.hits,
-                picture_cache_bytes=pictures.feature_bytes,
             )
         )
 
@@ -468,6 +477,10 @@ def _pictures_behind(
 def _is_out_of_memory(error: BaseException) -> bool:
     is_cpu = "can't allocate memory" in str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_cpu
+
+
+def _unexpected() -> errors.EngineUnavailableError:
+    return errors.EngineUnavailableError("this request failed; the server's log says why")
 
 
 def _failure(request_id: str, error: errors.RuntimeBaseError) -> interface.Step:
