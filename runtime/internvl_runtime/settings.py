@@ -102,6 +102,9 @@ class Settings(pydantic_settings.BaseSettings):
     drain_seconds: float = 60.0
     """How long running requests may go on behind that."""
 
+    stalled_seconds: float = 60.0
+    """How long a stream waits for a client that does not read; its request is cancelled then."""
+
     tokenizer_model: Path = Path("../shared/data/tokenizers/internlm2.model")
     """A copy of InternLM2's tokenizer.model; only synthesizing its published shapes needs it."""
 

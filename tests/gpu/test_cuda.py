@@ -177,3 +177,33 @@ def test_the_cache_takes_what_the_largest_step_leaves_free(load):
     tiles = np.zeros((26, 448, 448, 3), dtype=np.uint8)
     request, cut = ask("large", [words(random.Random(1), 2000), tiles[:4]], context=CONTEXT)
     assert len(list(engine.answer(request, cut))) == 8
+
+
+def test_nothing_waits_for_the_device_but_for_the_tokens_of_the_step_before(load):
+    engine = load(published("InternVL2_5-8B", layers=2), torch.bfloat16)
+    ways = [
+        {"temperature": 0.0},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "seed": 3},
+        {"temperature": 0.0, "log_probabilities": 5, "repetition_penalty": 1.2,
+         "presence_penalty": 0.3, "frequency_penalty": 0.2, "logit_bias": ((5, 1.0),)},
+    ]  # fmt: skip
+
+    def run(name):
+        rng = random.Random(name)
+        for number, way in enumerate(ways):
+            request, tiles = ask(
+                f"{name}{number}", [words(rng, 700), picture(rng.randrange(10**6), tiles=2)],
+                context=CONTEXT, sampling=interface.Sampling(max_tokens=8, **way),
+            )  # fmt: skip
+            engine.submit(request, tiles)
+        answers = {}
+        collect(engine, answers)
+        assert [len(tokens) for tokens in answers.values()] == [8] * len(ways)
+
+    run("first, which compiles")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run("second")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

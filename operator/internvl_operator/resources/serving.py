@@ -14,6 +14,8 @@ _START_SECONDS = 3600
 _PROBE_SECONDS = 5
 _GRACE_SECONDS = 90
 """Longer than the runtime's drain, so that running answers end by themselves."""
+_PROPAGATION_SECONDS = 5
+"""After a pod is ready, until every node's proxy sends connections to it: ready by then is true."""
 _TILE_BYTES = 448 * 448 * 3
 _SPARE_SHARED_MEBIBYTES = 64
 
@@ -35,6 +37,7 @@ def build_deployment(
         "metadata": _metadata(resource, labels),
         "spec": {
             **({} if replicas is None else {"replicas": replicas}),
+            "minReadySeconds": _PROPAGATION_SECONDS,
             "revisionHistoryLimit": 3,
             "selector": {"matchLabels": selector_for(resource.metadata.name)},
             "strategy": {

@@ -85,6 +85,7 @@ async def serve(
             threads=config.preparation_threads,
         ),
         drain=draining,
+        stalled_seconds=config.stalled_seconds,
     )
     app = create_app(api, config=config, draining=draining)
     if config.metrics_port:

@@ -49,12 +49,14 @@ class Api:
         model_names: tuple[str, ...],
         admission: Admission,
         drain: draining.Drain,
+        stalled_seconds: float,
     ) -> None:
         self._engine = engine
         self._preparer = preparer
         self._model_names = model_names
         self._admission = admission
         self._drain = drain
+        self._stalled_seconds = stalled_seconds
         self._preparing = 0
         self._held_bytes = 0
         self._threads = concurrent.futures.ThreadPoolExecutor(admission.threads, "prepare")
@@ -182,7 +184,11 @@ class Api:
         if body.stream:
             # The first step decides the status: an error before it is still a plain answer.
             first = await _unless_disconnected(anext(deltas), http)
-            return streaming.EventResponse(streaming.events(answer, deltas, first), deltas)
+            return streaming.EventResponse(
+                streaming.events(answer, deltas, first),
+                deltas,
+                stalled_seconds=self._stalled_seconds,
+            )
         collected = await _unless_disconnected(_collect(deltas), http)
         return fastapi.responses.JSONResponse(answer.completion(collected))
 

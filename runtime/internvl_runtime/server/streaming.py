@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from internvl_runtime.engine import interface
 from internvl_runtime.model import tokenizer
 from internvl_runtime.server import answers, asgi, stops
 from internvl_runtime.server import errors as http_errors
+
+logger = logging.getLogger(__name__)
 
 _DONE = "data: [DONE]\n\n"
 
@@ -146,15 +149,27 @@ class EventResponse(fastapi.responses.StreamingResponse):
     """A stream of events that ends the work behind it, however it ends itself."""
 
     def __init__(
-        self, events: AsyncGenerator[str, None], deltas: AsyncGenerator[answers.Delta, None]
+        self,
+        events: AsyncGenerator[str, None],
+        deltas: AsyncGenerator[answers.Delta, None],
+        *,
+        stalled_seconds: float,
     ) -> None:
         super().__init__(events, media_type="text/event-stream")
         self._sources = (events, deltas)
+        self._stalled_seconds = stalled_seconds
 
     async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
-        """Send the events; a client that goes away cancels its request at once."""
+        """Send the events; a client that goes away, or stops reading, cancels its request."""
+
+        async def send_in_time(message: asgi.Message) -> None:
+            async with asyncio.timeout(self._stalled_seconds):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except TimeoutError:
+            logger.warning("a client did not read its answer for %g s", self._stalled_seconds)
         finally:
             for source in self._sources:
                 await source.aclose()

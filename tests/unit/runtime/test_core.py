@@ -195,3 +195,29 @@ def test_waiting_tiles_share_passes_also_when_the_cache_is_full(feature_bytes):
         setting.submit(f"r{number}", {f"p{number}": 1}, tiles={f"p{number}": tiles_of(1)})
     setting.run({})
     assert setting.engine.runner.tower_passes == before + 1
+
+
+def test_a_picture_counts_as_found_where_no_pass_was_for_its_request():
+    setting = Setting(feature_bytes=2)
+
+    def ask(name, pictures):
+        setting.submit(name, pictures)
+        assert setting.run(pictures) == {name: None}
+        return setting.engine.pictures.hits, setting.engine.pictures.lookups
+
+    assert ask("new", {"p": 1}) == (0, 1)
+    assert ask("in the key/value cache", {"p": 1}) == (1, 2)
+    assert ask("evicts p", {"q": 2}) == (1, 3)
+    setting.engine.scheduler.pool.clear()
+    assert ask("to be encoded again", {"p": 1}) == (1, 4)
+    setting.engine.scheduler.pool.clear()
+    assert ask("among the features", {"p": 1}) == (2, 5)
+
+
+def test_waiting_pictures_that_share_a_pass_count_as_not_found():
+    setting = Setting(tokens=300)
+    for name in "pq":
+        setting.submit(name, {name: 1})
+    setting.run({"p": 1, "q": 1})
+    pictures, model = setting.engine.pictures, setting.engine.runner
+    assert (model.tower_passes, pictures.hits, pictures.lookups) == (1, 0, 2)

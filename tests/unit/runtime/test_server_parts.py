@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import starlette.exceptions
 from internvl_runtime import errors
-from internvl_runtime.server import drain, keys, limits
+from internvl_runtime.server import drain, keys, limits, streaming
 
 FINE = [
     b"{}", b'{"a": [[1], {"b": []}]}', b'"[[[["' * 100, b'{"a": "\\"' + b"[" * 100 + b'"}',
@@ -94,3 +94,25 @@ async def test_a_drain_ends_when_its_time_is_up():
     draining = drain.Drain()
     draining.enter()
     await asyncio.wait_for(draining.leave(propagation_seconds=0, finish_seconds=0.05), 1)
+
+
+async def test_a_client_that_does_not_read_its_stream_counts_as_gone():
+    ended = []
+
+    async def endless():
+        try:
+            while True:
+                yield "data: {}\n\n"
+        finally:
+            ended.append("events")
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    events, deltas = endless(), endless()
+    await anext(deltas)
+    response = streaming.EventResponse(events, deltas, stalled_seconds=0.05)
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    await asyncio.wait_for(response(scope, asyncio.Event().wait, send), 5)
+    assert ended == ["events"] * 2

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from internvl_runtime.engine.pytorch import scheduler
+from internvl_runtime.engine.pytorch import scheduler, transfer
 from internvl_runtime.engine.pytorch.block_pool import BLOCK_TOKENS
 from internvl_runtime.model import config
 
@@ -71,7 +71,7 @@ def slots_of(spans: Sequence[Span], device: torch.device) -> Slots:
         for span in spans
         for position in range(span.start, span.end)
     ]
-    blocks, places = torch.tensor(pairs).to(device, non_blocking=True).unbind(1)
+    blocks, places = transfer.upload(torch.tensor(pairs), device).unbind(1)
     return Slots(blocks, places)
 
 
@@ -90,7 +90,9 @@ class TorchAttention:
         """Take in where the tokens of a step lie."""
         self._slots = slots_of(spans, self._device)
         self._parts = [part for span in spans for part in _split(span, _ROWS_AT_ONCE)]
-        self._tables = [torch.tensor(part.blocks, device=self._device) for part in self._parts]
+        self._tables = [
+            transfer.upload(torch.tensor(part.blocks), self._device) for part in self._parts
+        ]
         self._masks = [
             causal_mask(past=part.start, new=part.length, device=self._device)
             for part in self._parts

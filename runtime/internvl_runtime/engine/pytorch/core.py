@@ -103,6 +103,7 @@ class Engine:
         self._max_sequence_tokens = max_sequence_tokens
         self._clock = clock
         self._started = clock()
+        self._collected = self._started
         self._answers: dict[str, _Answer] = {}
         self._under_way: deque[_UnderWay] = deque()
         self._failed: list[interface.Step] = []
@@ -171,8 +172,6 @@ class Engine:
             waits_for_tokens=request.matcher is not None,
         )
         self._answers[request.request_id] = _Answer(request, sequence, self._clock())
-        for content_hash in request.content_hashes:
-            self.pictures.look_up(content_hash)
 
     def refuse(self, request_id: str, error: errors.RuntimeBaseError) -> None:
         """Answer a request that never began with an error."""
@@ -268,20 +267,27 @@ class Engine:
             if _is_out_of_memory(e):
                 self._survive(step)
                 return False
-            if self.runner.model.device.type == "cuda":
-                # A kernel that failed leaves the device in an unknown state.
-                raise
             logger.exception("a step failed")
+            if self.runner.model.device.type == "cuda":
+                # Raises, and ends the worker, where a kernel failed: its device is lost.
+                torch.cuda.synchronize()
             for chunk in step.chunks:
                 self._fail(chunk.sequence.request_id, _unexpected())
             return False
         for chunk in step.chunks:
             answer = self._answers[chunk.sequence.request_id]
-            answer.started = answer.started or began
+            if answer.started is None:
+                answer.started = began
+                self._count_pictures(chunk)
         tiles, passes = self.runner.tiles_encoded - tiles, self.runner.tower_passes - passes
         self._under_way.append(_UnderWay(step, launched, began, tiles, passes))
         self._recover()
         return True
+
+    def _count_pictures(self, first: scheduler.Chunk) -> None:
+        needed = {each.content_hash for each in _pictures_behind(first.sequence, first.start)}
+        for _, content_hash in first.sequence.pictures:
+            self.pictures.count(content_hash, is_needed=content_hash in needed)
 
     def _encode(self, step: scheduler.Step) -> None:
         """Encode the pictures of a step, and waiting ones with them while passes have room."""
@@ -352,6 +358,7 @@ class Engine:
 
     def _collect(self, under_way: _UnderWay) -> Iterator[interface.Step]:
         launched = under_way.launched
+        launched.wait()
         chosen = launched.chosen.token_ids.tolist()
         told = sampler.tell(launched.chosen, launched.rows)
         names = [chunk.sequence.request_id for chunk in launched.chunks]
@@ -444,10 +451,13 @@ class Engine:
 
     def _report(self, under_way: _UnderWay) -> None:
         step, planner, pictures = under_way.step, self.scheduler, self.pictures
+        # With a lag a step begins while the one in front of it runs.
+        began = max(under_way.began, self._collected)
+        self._collected = self._clock()
         self._reports.append(
             interface.StepReport(
-                began=under_way.began - self._started,
-                seconds=self._clock() - under_way.began,
+                began=began - self._started,
+                seconds=self._collected - began,
                 decodes=step.decodes,
                 prefill_tokens=step.tokens - step.decodes,
                 tiles=under_way.tiles,

@@ -4,6 +4,7 @@ Its kernels are compiled when they are first planned, with nvcc, unless the
 package `flashinfer_jit_cache` brings them along.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,45 +21,54 @@ _WORKSPACE_BYTES = 256 * 2**20
 """Split-KV partial results; FlashInfer's documentation recommends 128 MiB at least."""
 
 
-class FlashInferAttention:
-    """One wrapper for steps with pieces of prompts, one for steps of single tokens."""
+class _Wrappers:
+    """One for steps with pieces of prompts, one for steps of single tokens."""
 
-    def __init__(self, cache: attention.Cache, language: config.LanguageConfig) -> None:
+    def __init__(self, workspace: torch.Tensor) -> None:
         import flashinfer
 
+        self.mixed: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+        self.decode: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "NHD", use_tensor_cores=True
+        )
+
+
+class FlashInferAttention:
+    """Plans each step's kernels on the host, and runs them on the device."""
+
+    def __init__(self, cache: attention.Cache, language: config.LanguageConfig) -> None:
         self._cache = cache
         self._language = language
         self._device = cache[0].device
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
-        self._mixed: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-        self._decode: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            workspace, "NHD", use_tensor_cores=True
-        )
+        # A plan is copied from the wrapper's memory behind the step in front, which may still
+        # run: it must not be written over by the next one.
+        self._turns = itertools.cycle([_Wrappers(workspace), _Wrappers(workspace)])
 
     def begin(self, spans: Sequence[attention.Span]) -> None:
         """Take in where the tokens of a step lie, and plan the kernels."""
         self._slots = attention.slots_of(spans, self._device)
+        wrappers = next(self._turns)
         tables = [span.blocks[: -(-span.end // BLOCK_TOKENS)] for span in spans]
-        pages = self._int32([block for table in tables for block in table])
-        starts = self._starts([len(table) for table in tables])
-        ends = self._int32([(span.end - 1) % BLOCK_TOKENS + 1 for span in spans])
+        pages = (
+            _starts([len(table) for table in tables]),
+            _int32([block for table in tables for block in table]),
+            _int32([(span.end - 1) % BLOCK_TOKENS + 1 for span in spans]),
+        )
         heads = (
             self._language.num_attention_heads,
             self._language.num_key_value_heads,
             self._language.head_size,
         )
         dtype = self._cache[0].dtype
+        dtypes = {"q_data_type": dtype, "kv_data_type": dtype}
         if all(span.length == 1 for span in spans):
-            self._wrapper = self._decode
-            self._decode.plan(
-                starts, pages, ends, *heads, BLOCK_TOKENS, q_data_type=dtype, kv_data_type=dtype
-            )
+            self._wrapper = wrappers.decode
+            self._wrapper.plan(*pages, *heads, BLOCK_TOKENS, **dtypes)
         else:
-            self._wrapper = self._mixed
-            self._mixed.plan(
-                self._starts([span.length for span in spans]), starts, pages, ends, *heads,
-                BLOCK_TOKENS, causal=True, q_data_type=dtype, kv_data_type=dtype,
-            )  # fmt: skip
+            self._wrapper = wrappers.mixed
+            lengths = _starts([span.length for span in spans])
+            self._wrapper.plan(lengths, *pages, *heads, BLOCK_TOKENS, causal=True, **dtypes)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -69,12 +79,14 @@ class FlashInferAttention:
         mixed: torch.Tensor = self._wrapper.run(query, store)
         return mixed
 
-    def _int32(self, numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int32).to(self._device, non_blocking=True)
 
-    def _starts(self, lengths: list[int]) -> torch.Tensor:
-        counts = torch.tensor([0, *lengths], dtype=torch.int32)
-        return counts.cumsum(0, dtype=torch.int32).to(self._device, non_blocking=True)
+def _int32(numbers: Sequence[int]) -> torch.Tensor:
+    """Return a tensor of the host, where plans are made, that copies without a wait."""
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=True)
+
+
+def _starts(lengths: Sequence[int]) -> torch.Tensor:
+    return _int32(list(itertools.accumulate(lengths, initial=0)))
 
 
 def fits(language: config.LanguageConfig, *, dtype: torch.dtype) -> bool:

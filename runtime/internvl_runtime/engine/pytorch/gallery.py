@@ -36,6 +36,8 @@ class Gallery:
         self._feature_bytes = 0
         self._tiles: dict[str, Tiles] = {}
         self._asked: dict[str, int] = {}
+        self._counted: set[str] = set()
+        """Pictures whose pass through the tower was counted for a request."""
 
     @property
     def feature_bytes(self) -> int:
@@ -51,10 +53,12 @@ class Gallery:
         """Whether tiles or features of a picture are at hand."""
         return content_hash in self._features or content_hash in self._tiles
 
-    def look_up(self, content_hash: str) -> None:
-        """Count a request's picture, as found where nobody has to encode it for this request."""
+    def count(self, content_hash: str, *, is_needed: bool) -> None:
+        """Count a picture of a request that starts, as found where no pass is for this request."""
         self.lookups += 1
-        self.hits += self.has(content_hash) or content_hash in self._asked
+        self.hits += not is_needed or content_hash in self._counted
+        if is_needed:
+            self._counted.add(content_hash)
 
     def missing(self, wanted: Iterable[Wanted]) -> list[Wanted]:
         """Return those of which nothing is at hand."""
@@ -98,7 +102,8 @@ class Gallery:
     def forget(self, content_hash: str) -> None:
         """Give up a picture that nobody needs any more, or that can not be loaded."""
         self._asked.pop(content_hash, None)
-        self._tiles.pop(content_hash, None)
+        if self._tiles.pop(content_hash, None) is not None:
+            self._counted.discard(content_hash)
 
     def features(self, content_hash: str) -> torch.Tensor:
         """Return [tokens, hidden] of a picture that was encoded."""
@@ -130,3 +135,4 @@ class Gallery:
                 return
             if content_hash not in needed:
                 self._feature_bytes -= self._features.pop(content_hash).nbytes
+                self._counted.discard(content_hash)

@@ -12,6 +12,7 @@ from internvl_runtime.engine.pytorch import (
     language,
     sampler,
     scheduler,
+    transfer,
     vision,
 )
 from internvl_runtime.model import config
@@ -25,6 +26,22 @@ class Launched:
     """Those that choose a token, one for each of `rows`."""
     rows: tuple[sampler.Row, ...]
     chosen: sampler.Chosen
+    """On the host, once the step is over."""
+    over: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Wait until the step is over."""
+        if self.over:
+            self.over.synchronize()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Newest:
+    """Tokens that the last step chose, on the device, where the host may not know them yet."""
+
+    token_ids: torch.Tensor
+    rows: Mapping[str, int]
+    """By request."""
 
 
 class Runner:
@@ -44,8 +61,7 @@ class Runner:
         self.tiles_encoded = 0
         self._tower = tower
         self._attend = attend
-        self._newest: dict[str, torch.Tensor] = {}
-        """The token of each answer that is not known on the host yet."""
+        self._newest = _Newest(torch.empty(0, dtype=torch.long), {})
 
     @property
     def feature_bytes_per_tile(self) -> int:
@@ -64,7 +80,7 @@ class Runner:
             batch = np.concatenate(every[start : start + self.tiles_per_pass])
             self.tower_passes += 1
             self.tiles_encoded += len(batch)
-            parts.append(self._tower.encode(torch.from_numpy(batch).to(self.model.device)))
+            parts.append(self._tower.encode(self._on_device(torch.from_numpy(batch))))
         counts = [len(picture) for picture in pictures.values()]
         features = torch.cat(parts).split(counts)
         for content_hash, own in zip(pictures, features, strict=True):
@@ -91,26 +107,33 @@ class Runner:
         )
         chunks = tuple(chunk for chunk in step.chunks if chunk.chooses)
         chosen = sampler.choose(logits, rows)
-        self._newest = {
-            chunk.sequence.request_id: chosen.token_ids[row] for row, chunk in enumerate(chunks)
-        }
-        return Launched(chunks, tuple(rows), chosen)
+        names = {chunk.sequence.request_id: row for row, chunk in enumerate(chunks)}
+        self._newest = _Newest(chosen.token_ids, names)
+        fetched = sampler.fetch(chosen)
+        return Launched(chunks, tuple(rows), fetched, transfer.mark(self.model.device))
 
     def _embed(self, step: scheduler.Step, features: gallery.Gallery) -> torch.Tensor:
         """Return [T, hidden]: tokens' embeddings, and pictures' features at their places."""
-        known = [self._known_ids(chunk) for chunk in step.chunks]
-        token_ids = self._on_device(torch.tensor([i for ids in known for i in ids]))
-        start = 0
-        for chunk, ids in zip(step.chunks, known, strict=True):
-            start += len(ids)
-            if chunk.end > len(chunk.sequence.token_ids):
-                token_ids[start - 1] = self._newest[chunk.sequence.request_id]
-        hidden = self.model.embed(token_ids)
+        hidden = self.model.embed(self._token_ids(step))
         start = 0
         for chunk in step.chunks:
             _place_features(hidden[start : start + chunk.length], chunk, features)
             start += chunk.length
         return hidden
+
+    def _token_ids(self, step: scheduler.Step) -> torch.Tensor:
+        known = [self._known_ids(chunk) for chunk in step.chunks]
+        token_ids = self._on_device(torch.tensor([i for ids in known for i in ids]))
+        ends = np.cumsum([len(ids) for ids in known]) - 1
+        unknown = [
+            (int(end), self._newest.rows[chunk.sequence.request_id])
+            for end, chunk in zip(ends, step.chunks, strict=True)
+            if chunk.end > len(chunk.sequence.token_ids)
+        ]
+        if unknown:
+            places, rows = self._on_device(torch.tensor(unknown)).unbind(1)
+            token_ids[places] = self._newest.token_ids[rows]
+        return token_ids
 
     def _known_ids(self, chunk: scheduler.Chunk) -> list[int]:
         """Return the chunk's token ids, and 0 for one that is not known yet."""
@@ -118,7 +141,7 @@ class Runner:
         return ids + [0] * (chunk.length - len(ids))
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.model.device, non_blocking=True)
+        return transfer.upload(tensor, self.model.device)
 
 
 def _place_features(

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from internvl_runtime.engine import interface, sampling
+from internvl_runtime.engine.pytorch import transfer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """Token ids [rows] on the device, and log-probabilities of the rows that want them."""
+    """Token ids [rows], and log-probabilities of the rows that want them."""
 
     token_ids: torch.Tensor
     told_rows: tuple[int, ...] = ()
@@ -52,7 +53,7 @@ def watch(prompt_ids: Sequence[int], *, vocab_size: int, device: torch.device) -
     in_prompt = torch.zeros(vocab_size, dtype=torch.bool)
     in_prompt[torch.tensor(prompt_ids)] = True
     return Seen(
-        in_prompt=in_prompt.to(device),
+        in_prompt=transfer.upload(in_prompt, device),
         generated=torch.zeros(vocab_size, dtype=torch.float32, device=device),
     )
 
@@ -63,7 +64,7 @@ def choose(logits: torch.Tensor, rows: Sequence[Row]) -> Chosen:
     token_ids = adjusted.argmax(-1)
     drawn = [number for number, row in enumerate(rows) if not row.sampling.is_greedy]
     if drawn:
-        index = torch.tensor(drawn, device=logits.device)
+        index = _index(drawn, logits)
         token_ids[index] = _draw(adjusted[index], [rows[number] for number in drawn])
     told_rows = tuple(
         number for number, row in enumerate(rows) if row.sampling.log_probabilities is not None
@@ -78,8 +79,14 @@ def choose(logits: torch.Tensor, rows: Sequence[Row]) -> Chosen:
     return Chosen(token_ids, told_rows, told)
 
 
+def fetch(chosen: Chosen) -> Chosen:
+    """Copy to the host, without waiting."""
+    told = tuple(transfer.fetch(tensor) for tensor in chosen.told)
+    return Chosen(transfer.fetch(chosen.token_ids), chosen.told_rows, told)
+
+
 def tell(chosen: Chosen, rows: Sequence[Row]) -> dict[int, interface.TokenLogProbabilities]:
-    """Return the log-probabilities by row, fetched from the device."""
+    """Return the log-probabilities by row, of what was fetched."""
     if not chosen.told_rows:
         return {}
     own, ids, values = (tensor.tolist() for tensor in chosen.told)
@@ -118,19 +125,17 @@ def _adjust_row(row: torch.Tensor, how: Row) -> None:
         row -= wanted.frequency_penalty * generated
     if wanted.logit_bias:
         ids, biases = zip(*wanted.logit_bias, strict=True)
-        row.index_add_(
-            0,
-            torch.tensor(ids, device=row.device),
-            torch.tensor(biases, dtype=row.dtype, device=row.device),
-        )
+        added = transfer.upload(torch.tensor(biases, dtype=row.dtype), row.device)
+        row.index_add_(0, _index(ids, row), added)
 
 
 def _mask(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     masked = {number: row.allowed for number, row in enumerate(rows) if row.allowed is not None}
     if not masked:
         return logits
-    allowed = torch.from_numpy(np.stack(list(masked.values()))).to(logits.device)
-    index = torch.tensor(list(masked), device=logits.device)
+    stacked = torch.from_numpy(np.stack(list(masked.values())))
+    allowed = transfer.upload(stacked, logits.device)
+    index = _index(list(masked), logits)
     return logits.index_copy(0, index, logits[index].masked_fill(~allowed, -torch.inf))
 
 
@@ -140,7 +145,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     probabilities = (logits.to(torch.float64) / temperatures).softmax(-1)
     cut = [number for number, row in enumerate(rows) if row.sampling.is_cut]
     if cut:
-        index = torch.tensor(cut, device=logits.device)
+        index = _index(cut, logits)
         probabilities[index] = _cut(probabilities[index], [rows[number] for number in cut])
     uniforms = _column([sampling.uniform(row.origin, row.position) for row in rows], logits)
     cumulated = probabilities.cumsum(-1)
@@ -172,7 +177,7 @@ def _tell(
 ) -> tuple[torch.Tensor, ...]:
     if not told:
         return ()
-    index = torch.tensor(told, device=logits.device)
+    index = _index(told, logits)
     every = logits[index].to(torch.float64).log_softmax(-1)
     most = max(rows[number].sampling.log_probabilities or 0 for number in told)
     values, ids = every.sort(dim=-1, descending=True, stable=True)
@@ -181,4 +186,8 @@ def _tell(
 
 
 def _column(numbers: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.float64, device=like.device).unsqueeze(1)
+    return transfer.upload(torch.tensor(numbers, dtype=torch.float64), like.device).unsqueeze(1)
+
+
+def _index(numbers: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return transfer.upload(torch.tensor(numbers), like.device)

@@ -9,6 +9,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from internvl_runtime.engine.pytorch import transfer
 from internvl_runtime.engine.pytorch import weights as loading
 from internvl_runtime.model import config
 
@@ -78,8 +79,8 @@ class VisionTower:
 def normalize(tiles: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
     """Scale, normalize in float32 and round once: uint8 NHWC to `dtype` NCHW."""
     pixels = tiles.permute(0, 3, 1, 2).to(torch.float32) / 255
-    mean = torch.tensor(_MEAN, device=tiles.device).view(3, 1, 1)
-    std = torch.tensor(_STD, device=tiles.device).view(3, 1, 1)
+    scales = transfer.upload(torch.tensor([_MEAN, _STD]), tiles.device)
+    mean, std = scales.view(2, 3, 1, 1).unbind()
     return ((pixels - mean) / std).to(dtype)
 
 
