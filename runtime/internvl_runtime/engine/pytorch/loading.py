@@ -144,7 +144,7 @@ def _free_after_largest_step(
     limits: scheduler.Limits, create_runner: Callable[[int], runner.Runner]
 ) -> int:
     """Run the largest step and the largest pass of the tower; return what they leave free."""
-    blocks = block_pool.blocks_for(limits.max_batched_tokens)
+    blocks = block_pool.blocks_for(limits.max_batched_tokens + 1)
     dry = create_runner(blocks)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
