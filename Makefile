@@ -54,7 +54,7 @@ test: setup ## Run lint and all tests, with the time of each part
 	@hack/run-parts.sh lint test-unit test-unit-3.12 test-integration test-cluster
 
 test-long: setup ## Run every repetition and matrix, and write docs/test-reports
-	@hack/test-long.sh
+	@PATH="$(dir $(UV)):$$PATH" hack/test-long.sh
 
 demo: setup ## From a manifest to an answer; MODEL=<folder> serves that checkpoint
 	@$(DEMO) up

@@ -10,6 +10,8 @@ mkdir -p "$(dirname "$report")"
   echo "seeds are fixed in the tests; times are of a shared machine"
   echo
 } > "$report"
+uv venv -q --allow-existing --python 3.11 .venv-guidellm || exit
+uv pip sync -q --require-hashes --python .venv-guidellm/bin/python requirements/guidellm.txt || exit
 .venv/bin/pytest tests --durations=25 -rA --no-header --color=no 2>&1 | tee /dev/stderr \
   | sed -n '/slowest.*durations/,$p' >> "$report"
 exit "${PIPESTATUS[0]}"

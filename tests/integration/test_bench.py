@@ -1,9 +1,15 @@
-"""The load tool against a real server, and against one whose delays are known."""
+"""The load tool against a real server, and against one whose delays are known; guidellm beside it.
+
+guidellm has an environment of its own, which `make test-long` makes.
+"""
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
 import threading
+from pathlib import Path
 
 import fastapi
 import pytest
@@ -12,6 +18,8 @@ import uvicorn
 from internvl_runtime.bench import scenarios
 
 FIRST_SECONDS, NEXT_SECONDS, TOKENS = 0.3, 0.03, 40
+GUIDELLM = Path(".venv-guidellm/bin/guidellm")
+REQUESTS = 24
 
 
 def bench(url, *arguments):
@@ -68,6 +76,14 @@ def scripted():
     """A server that sends a first token after 300 ms and one every 30 ms then."""
     app = fastapi.FastAPI()
 
+    @app.get("/health")
+    async def tell_health():
+        return {}
+
+    @app.get("/v1/models")
+    async def list_models():
+        return {"object": "list", "data": [{"id": "scripted", "object": "model"}]}
+
     @app.post("/v1/chat/completions")
     async def answer():
         return fastapi.responses.StreamingResponse(events(), media_type="text/event-stream")
@@ -108,3 +124,52 @@ def test_known_delays_are_measured_within_three_percent(scripted, tmp_path, argu
     assert summary["time_to_first_token"]["p50"] == pytest.approx(FIRST_SECONDS, rel=0.03)
     assert summary["inter_token_latency"]["p50"] == pytest.approx(NEXT_SECONDS, rel=0.03)
     assert summary["time_per_output_token"]["p50"] == pytest.approx(NEXT_SECONDS, rel=0.03)
+
+
+def drive_with_guidellm(url, tokenizer, folder, *, data):
+    """Sends REQUESTS requests, four at a time; returns those that were answered."""
+    if not GUIDELLM.exists():
+        pytest.skip("there is no .venv-guidellm: run make test-long")
+    output = folder / "guidellm.json"
+    subprocess.run(
+        [
+            GUIDELLM.absolute(), "run", "--disable-progress",
+            "--backend", f"kind=openai_http,target={url},request_format=/v1/chat/completions",
+            "--profile", "kind=concurrent,streams=[4]",
+            "--constraint", f"kind=max_requests,count={REQUESTS}",
+            "--tokenizer", f"kind=huggingface_auto,model={tokenizer}",
+            "--data", data, "--output", f"kind=json,path={output}",
+        ],
+        check=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    (benchmark,) = json.loads(output.read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"]) == (REQUESTS, 0)
+    return benchmark["requests"]["successful"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "data",
+    [
+        "kind=synthetic_text,prompt_tokens=50,output_tokens=16",
+        "kind=synthetic_image,width=600,height=400,output_tokens=16",
+    ],
+)
+def test_an_outside_client_drives_the_server(server, qwen_engine, tmp_path, data):
+    answered = drive_with_guidellm(server.url, qwen_engine / "model", tmp_path, data=data)
+    assert [each["output_tokens"] for each in answered] == [16] * REQUESTS
+
+
+@pytest.mark.long
+def test_an_outside_client_counts_the_same_tokens(scripted, qwen_engine, tmp_path):
+    answered = drive_with_guidellm(
+        scripted, qwen_engine / "model", tmp_path,
+        data="kind=synthetic_text,prompt_tokens=50,output_tokens=16",
+    )  # fmt: skip
+    done = bench(scripted, "--scenario", "text", "--requests", REQUESTS, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = report_of(tmp_path)["summary"]
+    for count in ("prompt_tokens", "output_tokens"):
+        ours = summary[count.replace("output", "completion")]
+        assert ours == sum(each[count] for each in answered)
