@@ -27,7 +27,7 @@ lint: setup ## Check style, types and layers
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	MYPYPATH=hack:hack/local-cluster .venv/bin/mypy -p local_cluster -p demo -p tiny_shapes
+	MYPYPATH=hack:hack/local-cluster .venv/bin/mypy -p local_cluster -p demo -p tiny_shapes -p gpu
 	.venv/bin/lint-imports
 
 fmt: setup ## Format the code

@@ -5,10 +5,13 @@ depend on sharding or order; scales keep activations near one, so that greedy
 tokens are decided by clear margins.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ FORMAT = 1
 _SHARD_BYTES = 5 * 10**9
 _MINIMUM_SHARDS = 2
 _DTYPE = "BF16"
+_MOST_THREADS = 8
+"""As many tensors are in memory at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +58,17 @@ def write_checkpoint(
     total = sum(tensor.bytes for shard in shards for tensor in shard.tensors)
     done = 0
 
-    def produce(tensor: safetensors_file.TensorInfo) -> bytes:
-        nonlocal done
-        data = _random_bf16(tensor, recipe.seed)
-        done += len(data)
-        report(done, total)
-        return data
+    with concurrent.futures.ThreadPoolExecutor(_count_threads()) as threads:
+        drawn = _draw_ahead(threads, [t for s in shards for t in s.tensors], seed=recipe.seed)
 
-    for shard in shards:
-        safetensors_file.write(output / shard.name, shard.tensors, produce)
+        def produce(tensor: safetensors_file.TensorInfo) -> bytes:
+            nonlocal done
+            done += tensor.bytes
+            report(done, total)
+            return next(drawn)
+
+        for shard in shards:
+            safetensors_file.write(output / shard.name, shard.tensors, produce)
 
 
 def write_small_files(recipe: Recipe, output: Path, *, tokenizer_model: Path) -> config.ModelConfig:
@@ -97,6 +104,26 @@ def plan_shards(model: config.ModelConfig) -> list[Shard]:
         Shard(f"model-{number:05}-of-{len(groups):05}.safetensors", tuple(group))
         for number, group in enumerate(groups, start=1)
     ]
+
+
+def _count_threads() -> int:
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+def _draw_ahead(
+    threads: concurrent.futures.Executor,
+    wanted: Sequence[safetensors_file.TensorInfo],
+    *,
+    seed: int,
+) -> Iterator[bytes]:
+    """Yield each tensor's bytes in order, while the next ones are drawn."""
+    ahead: deque[concurrent.futures.Future[bytes]] = deque()
+    for tensor in wanted:
+        ahead.append(threads.submit(_random_bf16, tensor, seed))
+        if len(ahead) > _count_threads():
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
 
 
 def _random_bf16(tensor: safetensors_file.TensorInfo, seed: int) -> bytes:
