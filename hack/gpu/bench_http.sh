@@ -28,7 +28,7 @@ engine=$(runtime build --checkpoint "$checkpoint" --architecture "cpu-$(uname -m
   "maxInputTokens": 8191, "maxBatchedTokens": 4096, "maxTilesPerImage": 12,
   "maxTilesPerRequest": 52}' | told engine)
 timed "built"
-INTERNVL_RUNTIME_HOST=127.0.0.1 runtime serve --engine "$work/cache/engines/$engine" \
+INTERNVL_RUNTIME_HOST=127.0.0.1 python3 -m internvl_runtime serve --engine "$work/cache/engines/$engine" \
   --step-log "$output/steps.jsonl" > "$output/server.log" 2>&1 &
 server=$!
 trap 'kill $server; wait $server || true; rm -rf "$work"' EXIT
