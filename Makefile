@@ -9,6 +9,7 @@ GPUS ?= 0
 PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
 PYTHON_3_12 := $(firstword $(wildcard $(PYENV)/3.12.*/bin/python3.12) 3.12)
 GPU_PRODUCT ?= NVIDIA-H200
+SOURCE ?= {"bundled": {"name": "tiny-shapes"}}
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +57,9 @@ test: setup ## Run lint and all tests, with the time of each part
 test-long: setup ## Run every repetition and matrix, and write docs/test-reports
 	@PATH="$(dir $(UV)):$$PATH" hack/test-long.sh
 
+bench: setup ## Measure tiny-shapes, or SOURCE=<json>, on this machine; figures in build/bench
+	@PYTHON=.venv/bin/python PICTURE=448x448 CONCURRENCY="1 8" hack/bench.sh '$(SOURCE)' build/bench
+
 demo: setup ## From a manifest to an answer; MODEL=<folder> serves that checkpoint
 	@$(DEMO) up
 
@@ -77,5 +81,5 @@ cluster-down: setup ## Take the local cluster down; PURGE=1 removes its caches t
 lock: setup ## Write the lock files anew
 	PATH="$(dir $(UV)):$$PATH" hack/lock.sh
 
-.PHONY: help setup lint fmt test-unit test-unit-3.12 test-integration test-cluster test test-long demo demo-down \
-	reload cluster-up cluster-status cluster-down lock
+.PHONY: help setup lint fmt test-unit test-unit-3.12 test-integration test-cluster test test-long bench demo \
+	demo-down reload cluster-up cluster-status cluster-down lock
