@@ -234,11 +234,11 @@ class WorkerEngine:
 
     async def _send_picture(self, request_id: str, index: int) -> None:
         """Load a picture and hand its tiles over; the worker hears of a failure."""
-        running = self._running.get(request_id)
-        if running is None:
-            return
-        image = running.request.images[index]
         async with self._loading:
+            running = self._running.get(request_id)
+            if running is None:
+                return
+            image = running.request.images[index]
             try:
                 await asyncio.to_thread(self._load_and_send, image)
             except errors.RequestError as e:

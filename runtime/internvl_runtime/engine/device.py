@@ -22,13 +22,6 @@ def _public_version(package: str) -> str:
     return importlib.metadata.version(package).partition("+")[0]
 
 
-def gpu_memory_bytes() -> int:
-    """Return the memory of the GPU that torch uses."""
-    import torch
-
-    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-
-
 def default_device() -> str:
     """Return `cuda` where there is a GPU, else `cpu`."""
     import torch

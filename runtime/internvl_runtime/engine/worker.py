@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _HEARTBEAT_SECONDS = 1.0
 _COMPILED_AT_ONCE = 2
-"""Grammars: each takes a core while it lasts."""
+"""Grammars: each takes up to eight threads while it lasts."""
 _MOST_UNSENT = 64
 """Messages that may wait for the server before the engine waits for it."""
 
@@ -203,10 +203,13 @@ async def serve(
         beating = asyncio.ensure_future(_beat(writer, worker, engine))
         await asyncio.wait([running, receiving], return_when=asyncio.FIRST_COMPLETED)
         worker.put(channel.Stop())
-        await running
-        receiving.cancel()
-        beating.cancel()
-        writer.close()
+        try:
+            await running
+        finally:
+            # First of all the server hears of it: a grammar may hold this process a while.
+            writer.close()
+            receiving.cancel()
+            beating.cancel()
 
 
 def _start_receiving_tiles(socket: Path, worker: Worker) -> None:

@@ -221,3 +221,52 @@ def test_waiting_pictures_that_share_a_pass_count_as_not_found():
     setting.run({"p": 1, "q": 1})
     pictures, model = setting.engine.pictures, setting.engine.runner
     assert (model.tower_passes, pictures.hits, pictures.lookups) == (1, 0, 2)
+
+
+def test_a_load_that_fails_harms_nobody_whose_picture_is_computed():
+    setting = Setting(feature_bytes=0)
+    setting.submit("runs", {"p": 1}, max_tokens=8)
+    setting.engine.step()
+    setting.answer_asks({"p": 1})
+    setting.engine.step()
+    setting.engine.pictures.shrink(0, needed=())
+    setting.submit("waits", {"q": 1, "p": 1})
+    setting.engine.step()
+    setting.engine.fail_picture("p", errors.RequestError("broken"))
+    ended = setting.run({"p": 1, "q": 1})
+    assert ended["runs"] is None
+    assert ended["waits"].message == "broken"
+
+
+def test_steps_are_large_again_once_a_request_too_large_for_memory_is_gone():
+    setting = Setting(tokens=4096, most=0)
+    setting.submit("never fits", {})
+    assert setting.run({})["never fits"] is not None
+    assert setting.engine.scheduler.budget == 4096
+    assert setting.engine.runner.tiles_per_pass == 8
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_every_error_of_short_memory_is_known(error):
+    setting = Setting()
+    launch, setting.engine.runner.launch = setting.engine.runner.launch, raising(error)
+    setting.submit("late", {})
+    setting.engine.step()
+    setting.engine.runner.launch = launch
+    assert setting.run({}) == {"late": None}
+
+
+def raising(error):
+    def launch(step, rows, features):
+        raise error
+
+    return launch

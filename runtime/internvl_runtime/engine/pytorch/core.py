@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _RECOVERY_STEPS = 64
 """Steps without a failure after which a reduced token budget doubles."""
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+"""In errors of torch on the CPU, of CUDA, and of cuBLAS and cuDNN."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,7 +194,8 @@ class Engine:
             return
         self.pictures.forget(content_hash)
         for request_id, answer in list(self._answers.items()):
-            if content_hash in answer.request.content_hashes:
+            behind = _pictures_behind(answer.sequence, answer.sequence.computed)
+            if content_hash in {each.content_hash for each in behind}:
                 self._fail(request_id, error)
 
     def step(self) -> list[interface.Step]:
@@ -254,6 +257,7 @@ class Engine:
     def _launch(self, step: scheduler.Step, began: float) -> bool:
         """Give a step to the device; False when it had to be taken back."""
         passes, tiles = self.runner.tower_passes, self.runner.tiles_encoded
+        launched = None
         try:
             rows = self._rows(step)
             self._encode(step)
@@ -264,15 +268,13 @@ class Engine:
             return False
         except Exception as e:
             self.scheduler.undo(step)
-            if _is_out_of_memory(e):
-                self._survive(step)
+            if not _is_out_of_memory(e):
+                logger.exception("a step failed")
+                self._give_up(step)
                 return False
-            logger.exception("a step failed")
-            if self.runner.model.device.type == "cuda":
-                # Raises, and ends the worker, where a kernel failed: its device is lost.
-                torch.cuda.synchronize()
-            for chunk in step.chunks:
-                self._fail(chunk.sequence.request_id, _unexpected())
+        if launched is None:
+            # Behind the handler, whose traceback holds the tensors of the step.
+            self._survive(step)
             return False
         for chunk in step.chunks:
             answer = self._answers[chunk.sequence.request_id]
@@ -421,6 +423,13 @@ class Engine:
         self._end(request_id)
         self._failed.append(_failure(request_id, error))
 
+    def _give_up(self, step: scheduler.Step) -> None:
+        """Fail the requests of a step; raises, and ends the worker, where the device is lost."""
+        if self.runner.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        for chunk in step.chunks:
+            self._fail(chunk.sequence.request_id, _unexpected())
+
     def _survive(self, step: scheduler.Step) -> None:
         """Go on after a step that memory was too short for: smaller, or without a request."""
         self._good_steps = 0
@@ -438,6 +447,8 @@ class Engine:
                 "there is not enough memory for this request; send it alone, or make it smaller"
             ),
         )
+        self.scheduler.budget = self.scheduler.limits.max_batched_tokens
+        self.runner.tiles_per_pass = self.runner.most_tiles_per_pass
 
     def _recover(self) -> None:
         """Let steps grow again, some time after memory was short."""
@@ -485,8 +496,8 @@ def _pictures_behind(
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    is_cpu = "can't allocate memory" in str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_cpu
+    is_told = any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_told
 
 
 def _unexpected() -> errors.EngineUnavailableError:

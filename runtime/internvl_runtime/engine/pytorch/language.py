@@ -25,7 +25,7 @@ class LanguageModel:
         self.language = language
         self._embedding = weights["transformer.vocab_embedding.weight"]
         self._norm = weights["transformer.ln_f.weight"]
-        self._head = _pad_rows(weights["lm_head.weight"], _VOCABULARY_MULTIPLE)
+        self._head = _pad_rows(weights.pop("lm_head.weight"), _VOCABULARY_MULTIPLE)
         every = weights.below("transformer.layers").layers(language.num_hidden_layers)
         self._layers = [_Layer(language, layer) for layer in every]
         self._angles = _angles(language, max_tokens, self._embedding)
@@ -80,7 +80,7 @@ class _Layer:
         self._qkv_bias = weights.get("attention.qkv.bias")
         self._dense = weights["attention.dense.weight"]
         # TensorRT-LLM calls gate_proj `fc`, and up_proj `gate`.
-        self._gate_up = torch.cat([weights["mlp.fc.weight"], weights["mlp.gate.weight"]])
+        self._gate_up = torch.cat([weights.pop("mlp.fc.weight"), weights.pop("mlp.gate.weight")])
         self._down = weights["mlp.proj.weight"]
 
     def forward(

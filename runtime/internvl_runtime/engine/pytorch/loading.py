@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from internvl_runtime import errors
-from internvl_runtime.engine import device, interface
+from internvl_runtime.engine import interface
 from internvl_runtime.engine.pytorch import (
     attention,
     block_pool,
@@ -19,6 +19,7 @@ from internvl_runtime.engine.pytorch import (
     gallery,
     language,
     runner,
+    sampler,
     scheduler,
     vision,
     weights,
@@ -33,7 +34,13 @@ _WAITING_TILES = 512
 """Tiles that may wait for the tower: 294 MiB."""
 _CPU_CACHE_BYTES = 4 * 2**30
 _GPU_MEMORY_SHARE = 0.92
-"""Of the GPU's memory that the engine takes; the rest is for the allocator's fragments."""
+"""Of the GPU's memory that may be in use; the rest is for the allocator's fragments."""
+_SAMPLED = sampler.Row(
+    sampling=interface.Sampling(max_tokens=1, top_p=0.9, log_probabilities=20),
+    origin="dry run",
+    position=0,
+)
+"""A row of logits that takes much memory to choose from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +133,7 @@ def _count_blocks(
     free = options.kv_cache_bytes or _CPU_CACHE_BYTES
     if decoder.device.type == "cuda":
         measured = _free_after_largest_step(step_limits, create_runner)
+        measured -= options.picture_cache_bytes
         free = min(options.kv_cache_bytes or measured, measured)
         # On a GPU what is not needed at once serves later turns.
         useful = free // per_block
@@ -143,7 +151,7 @@ def _count_blocks(
 def _free_after_largest_step(
     limits: scheduler.Limits, create_runner: Callable[[int], runner.Runner]
 ) -> int:
-    """Run the largest step and the largest pass of the tower; return what they leave free."""
+    """Run the largest step, pass of the tower and choice; return what they leave free."""
     blocks = block_pool.blocks_for(limits.max_batched_tokens + 1)
     dry = create_runner(blocks)
     torch.cuda.reset_peak_memory_stats()
@@ -157,9 +165,11 @@ def _free_after_largest_step(
     if step is None:
         raise ValueError("an empty pool can not run a step")
     dry.launch(step, [], gallery.Gallery(max_feature_bytes=0, max_waiting_tiles=0))
+    rows = [_SAMPLED] * limits.max_batch_size
+    sampler.choose(torch.zeros(len(rows), dry.model.language.vocab_size, device="cuda"), rows)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    held = torch.cuda.memory_allocated()
     del dry
     torch.cuda.empty_cache()
-    return int(_GPU_MEMORY_SHARE * device.gpu_memory_bytes()) - held - peak
+    free, total = torch.cuda.mem_get_info()
+    return int(free - (1 - _GPU_MEMORY_SHARE) * total) - peak

@@ -26,6 +26,10 @@ class Weights:
         """Return a tensor."""
         return self._tensors[self._prefix + name]
 
+    def pop(self, name: str) -> torch.Tensor:
+        """Return a tensor and forget it: whoever merges it need not hold it twice."""
+        return self._tensors.pop(self._prefix + name)
+
     def get(self, name: str) -> torch.Tensor | None:
         """Return a tensor, or None where the model has none."""
         return self._tensors.get(self._prefix + name)
