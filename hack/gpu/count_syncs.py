@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from internvl_runtime.engine import folder, interface, worker
-from internvl_runtime.engine.pytorch import core, loading
+from internvl_runtime.engine.pytorch import core, loading, vision
 from internvl_runtime.model import config, prompt
 
 TILES, WORDS, ANSWER_TOKENS, SEQUENCES = 13, 55, 64, 16
@@ -45,7 +45,9 @@ def _request(number: int, vocabulary: int) -> tuple[core.Submitted, dict[str, np
         sampling=interface.Sampling(max_tokens=ANSWER_TOKENS, temperature=0.0),
         stop_token_ids=frozenset(),
     )
-    tiles = np.random.default_rng(number).integers(0, 256, (TILES, 448, 448, 3), dtype=np.uint8)
+    tiles = np.random.default_rng(number).integers(
+        0, 256, (TILES, *vision.TILE_SHAPE), dtype=np.uint8
+    )
     return asked, {str(number): tiles}
 
 

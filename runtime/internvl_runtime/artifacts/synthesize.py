@@ -27,7 +27,7 @@ _SHARD_BYTES = 5 * 10**9
 _MINIMUM_SHARDS = 2
 _DTYPE = "BF16"
 _MOST_THREADS = 8
-"""As many tensors are in memory at once."""
+"""About as many tensors are in memory at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +58,17 @@ def write_checkpoint(
     total = sum(tensor.bytes for shard in shards for tensor in shard.tensors)
     done = 0
 
-    with concurrent.futures.ThreadPoolExecutor(_count_threads()) as threads:
-        drawn = _draw_ahead(threads, [t for s in shards for t in s.tensors], seed=recipe.seed)
+    drawn = _draw_ahead([t for shard in shards for t in shard.tensors], seed=recipe.seed)
 
-        def produce(tensor: safetensors_file.TensorInfo) -> bytes:
-            nonlocal done
-            done += tensor.bytes
-            report(done, total)
-            return next(drawn)
+    def produce(tensor: safetensors_file.TensorInfo) -> bytes:
+        nonlocal done
+        data = next(drawn)
+        done += tensor.bytes
+        report(done, total)
+        return data
 
-        for shard in shards:
-            safetensors_file.write(output / shard.name, shard.tensors, produce)
+    for shard in shards:
+        safetensors_file.write(output / shard.name, shard.tensors, produce)
 
 
 def write_small_files(recipe: Recipe, output: Path, *, tokenizer_model: Path) -> config.ModelConfig:
@@ -106,24 +106,17 @@ def plan_shards(model: config.ModelConfig) -> list[Shard]:
     ]
 
 
-def _count_threads() -> int:
-    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-
-
-def _draw_ahead(
-    threads: concurrent.futures.Executor,
-    wanted: Sequence[safetensors_file.TensorInfo],
-    *,
-    seed: int,
-) -> Iterator[bytes]:
+def _draw_ahead(wanted: Sequence[safetensors_file.TensorInfo], *, seed: int) -> Iterator[bytes]:
     """Yield each tensor's bytes in order, while the next ones are drawn."""
+    count = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     ahead: deque[concurrent.futures.Future[bytes]] = deque()
-    for tensor in wanted:
-        ahead.append(threads.submit(_random_bf16, tensor, seed))
-        if len(ahead) > _count_threads():
+    with concurrent.futures.ThreadPoolExecutor(count) as threads:
+        for tensor in wanted:
+            ahead.append(threads.submit(_random_bf16, tensor, seed))
+            if len(ahead) > count:
+                yield ahead.popleft().result()
+        while ahead:
             yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
 
 
 def _random_bf16(tensor: safetensors_file.TensorInfo, seed: int) -> bytes:

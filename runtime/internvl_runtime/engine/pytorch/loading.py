@@ -132,8 +132,8 @@ def _count_blocks(
     useful = per_request * limits.max_batch_size
     free = options.kv_cache_bytes or _CPU_CACHE_BYTES
     if decoder.device.type == "cuda":
-        measured = _free_after_largest_step(step_limits, create_runner)
-        measured -= options.picture_cache_bytes
+        left = _free_after_largest_step(step_limits, create_runner)
+        measured = left - options.picture_cache_bytes
         free = min(options.kv_cache_bytes or measured, measured)
         # On a GPU what is not needed at once serves later turns.
         useful = free // per_block
