@@ -5,6 +5,7 @@ PYTHONPATH=runtime:tests/support python -m pytest tests/gpu -c /dev/null
 
 import dataclasses
 import functools
+import gc
 import math
 import random
 from pathlib import Path
@@ -119,7 +120,9 @@ def load(monkeypatch):
         monkeypatch.undo()
         return engine
 
-    return load_engine
+    yield load_engine
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def requests(seed, count):
