@@ -9,6 +9,7 @@ GPUS ?= 0
 PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
 PYTHON_3_12 := $(firstword $(wildcard $(PYENV)/3.12.*/bin/python3.12) 3.12)
 GPU_PRODUCT ?= NVIDIA-H200
+PARTS ?= unit contract integration cluster
 SOURCE ?= {"bundled": {"name": "tiny-shapes"}}
 
 help: ## Show the targets
@@ -54,8 +55,8 @@ test-cluster: setup ## Run the cluster cases marked ci on the local cluster
 test: setup ## Run lint and all tests, with the time of each part
 	@hack/run-parts.sh lint test-unit test-unit-3.12 test-integration test-cluster
 
-test-long: setup ## Run every repetition and matrix, and write docs/test-reports
-	@PATH="$(dir $(UV)):$$PATH" hack/test-long.sh
+test-long: setup ## Run every repetition and matrix of PARTS, and write docs/test-reports
+	@PATH="$(dir $(UV)):$$PATH" hack/test-long.sh $(PARTS)
 
 bench: setup ## Measure tiny-shapes, or SOURCE=<json>, on this machine; figures in build/bench
 	@PYTHON=.venv/bin/python PICTURE=448x448 CONCURRENCY="1 8" hack/bench.sh '$(SOURCE)' build/bench
