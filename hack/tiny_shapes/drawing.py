@@ -42,19 +42,21 @@ class _Marks:
     radius: torch.Tensor
     shape: torch.Tensor
     colour: torch.Tensor
+    is_hidden: torch.Tensor
 
 
 def _marks_of(pictures: Sequence[scenes.Scene], device: str) -> _Marks:
     rows = [
         (number, mark.x, mark.y, mark.radius, SHAPES.index(mark.shape),
-         COLOURS.index(mark.colour))
+         COLOURS.index(mark.colour), mark.is_hidden)
         for number, scene in enumerate(pictures)
         for mark in scene.marks
     ]  # fmt: skip
     values = torch.tensor(rows, dtype=torch.float32).to(device).unbind(1)
     return _Marks(
-        values[0].long(), values[1], values[2], values[3], values[4].long(), values[5].long()
-    )
+        values[0].long(), values[1], values[2], values[3], values[4].long(), values[5].long(),
+        values[6].bool(),
+    )  # fmt: skip
 
 
 def _draw_pictures(pictures: Sequence[scenes.Scene], device: str) -> torch.Tensor:
@@ -73,12 +75,13 @@ def _draw_pictures(pictures: Sequence[scenes.Scene], device: str) -> torch.Tenso
     top = (y + 0.5 - marks.y.view(-1, 1, 1)) / marks.radius.view(-1, 1, 1)
     every = torch.stack([scenes.covers(shape, left, top) for shape in SHAPES])
     inside = every.gather(0, marks.shape.view(1, -1, 1, 1).expand(1, *every.shape[1:]))[0]
-    inside = inside & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    is_disc = marks.is_hidden.view(-1, 1, 1) & (left * left + top * top < scenes.DISC**2)
+    is_there = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     index = (marks.picture.view(-1, 1, 1) * height + y) * width + x
-    index = torch.where(inside, index, count * height * width)
+    index = torch.where((inside | is_disc) & is_there, index, count * height * width)
     colours = torch.tensor(list(scenes.COLOURS.values()), dtype=torch.float32).to(device)
-    painted = colours[marks.colour].view(-1, 1, 1, 3).expand(*index.shape, 3)
-    pixels[index] = painted
+    chequer = scenes.CHEQUER * (1 - 2 * ((x + y) % 2)) * ~inside
+    pixels[index] = colours[marks.colour].view(-1, 1, 1, 3) + chequer.unsqueeze(-1)
     return pixels[:-1].view(count, height, width, 3)
 
 

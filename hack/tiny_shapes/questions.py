@@ -35,6 +35,8 @@ class Kind(enum.StrEnum):
     SECOND_IMAGE = "second image"
     COLOUR_OF_IT = "colour of it"
     """The earlier turn."""
+    GUESS = "guess"
+    """Nothing: without the earlier turn any colour is as good as another."""
     OTHER_CORNER = "other corner"
     """The earlier turn and the right tile of its picture."""
     SYSTEM = "system"
@@ -134,6 +136,11 @@ def _colour_of_it(rng: random.Random, draw: Draw) -> Question:
     return Question(Kind.COLOUR_OF_IT, turns, first.pictures, mark.colour, (0, mark))
 
 
+def _guess(rng: random.Random, draw: Draw) -> Question:
+    del draw
+    return Question(Kind.GUESS, (_asked(WHAT_COLOUR),), (), rng.choice(list(scenes.COLOURS)))
+
+
 def _other_corner(rng: random.Random, draw: Draw) -> Question:
     scene = draw(Layout.FOUR_ALIKE)
     first, second = rng.sample(list(scenes.Place), 2)
@@ -173,6 +180,7 @@ _MAKERS: dict[Kind, Callable[[random.Random, Draw], Question]] = {
     Kind.WHICH_COLOUR: _which_colour,
     Kind.SECOND_IMAGE: _second_image,
     Kind.COLOUR_OF_IT: _colour_of_it,
+    Kind.GUESS: _guess,
     Kind.OTHER_CORNER: _other_corner,
     Kind.SYSTEM: _system,
     Kind.NO_SYSTEM: _no_system,

@@ -53,9 +53,14 @@ COLOURS = {
     "red": (205, 35, 35),
     "green": (35, 150, 45),
     "blue": (40, 50, 205),
-    "yellow": (230, 205, 25),
+    "yellow": (215, 195, 45),
 }
 """Names and their RGB values."""
+
+CHEQUER = 30
+"""How far the pixels of a hidden mark's disc are from its colour."""
+DISC = 1.75
+"""Radius of that disc, in radii of the mark."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,9 @@ class Mark:
     y: float
     radius: float
     """Radius of the circle of the same area."""
+    is_hidden: bool = False
+    """Whether the shape lies plain in a disc that is chequered pixel by pixel around the same
+    colour: at half the size both are one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +162,7 @@ def _four_small_marks(
             x=within(columns, place.column),
             y=within(rows, place.row),
             radius=radius,
+            is_hidden=True,
         )
         for place, colour in zip(Place, colours, strict=True)
     )
@@ -165,7 +174,13 @@ def draw(scene: Scene) -> npt.NDArray[np.uint8]:
     y = np.arange(scene.height, dtype=np.float32)[:, np.newaxis] + 0.5
     pixels = np.full((scene.height, scene.width, 3), scene.ground, dtype=np.uint8)
     for mark in scene.marks:
-        inside = covers(mark.shape, (x - mark.x) / mark.radius, (y - mark.y) / mark.radius)
+        left, top = (x - mark.x) / mark.radius, (y - mark.y) / mark.radius
+        if mark.is_hidden:
+            # x + y is one more than the sum of the pixel's column and row.
+            for odd, step in ((1, CHEQUER), (0, -CHEQUER)):
+                disc = (left * left + top * top < DISC**2) & ((x + y) % 2 == odd)
+                pixels[disc] = np.clip(np.array(COLOURS[mark.colour]) + step, 0, 255)
+        inside = covers(mark.shape, left, top)
         pixels[inside] = COLOURS[mark.colour]
     return pixels
 

@@ -38,15 +38,15 @@ WORDS = (
 
 _SINGLE = {
     questions.Kind.ONE_MARK: 2, questions.Kind.CORNER: 5, questions.Kind.COLOURED_CORNER: 5,
-    questions.Kind.WHERE: 4, questions.Kind.WHICH_IMAGE: 4, questions.Kind.WHICH_COLOUR: 4,
+    questions.Kind.WHERE: 7, questions.Kind.WHICH_IMAGE: 14, questions.Kind.WHICH_COLOUR: 7,
     questions.Kind.SECOND_IMAGE: 4, questions.Kind.COLOUR_OF_IT: 1,
     questions.Kind.OTHER_CORNER: 3, questions.Kind.SYSTEM: 1, questions.Kind.NO_SYSTEM: 1,
-    questions.Kind.TEXT: 1,
+    questions.Kind.TEXT: 1, questions.Kind.GUESS: 1,
 }  # fmt: skip
 """How often each kind is asked about pictures of one tile."""
 _SEVERAL = {
     questions.Kind.ONE_MARK: 2, questions.Kind.CORNER: 7, questions.Kind.COLOURED_CORNER: 6,
-    questions.Kind.WHERE: 4, questions.Kind.COLOUR_OF_IT: 1, questions.Kind.OTHER_CORNER: 3,
+    questions.Kind.WHERE: 8, questions.Kind.COLOUR_OF_IT: 1, questions.Kind.OTHER_CORNER: 3,
     questions.Kind.SYSTEM: 1,
 }  # fmt: skip
 """How often each kind is asked about pictures of several tiles."""

@@ -34,7 +34,7 @@ MODELS = {
 }
 """The 14 published models; the -MPO variants differ in weights alone."""
 
-BUNDLED_MODELS = ("tiny-shapes",)
+BUNDLED_MODELS = ("tiny-shapes", "tiny-shapes-internlm2")
 """Models that ship in the runtime image."""
 
 SYNTHETIC_SHAPES = ("tiny", "tiny-6b-vision")
