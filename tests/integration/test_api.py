@@ -409,9 +409,9 @@ def test_beyond_the_queue_is_a_429_with_retry_after(qwen_engine):
 
 
 def test_after_sigterm_requests_are_served_until_propagation_is_over(qwen_engine):
-    with runtime_process.serve(qwen_engine, propagation_seconds=2, drain_seconds=60) as server:
+    with runtime_process.serve(qwen_engine, propagation_seconds=2, drain_seconds=300) as server:
         url = f"{server.url}/v1/chat/completions"
-        long = {**ASK, "max_tokens": 3000, "ignore_eos": True, "stream": True}
+        long = {**ASK, "max_tokens": 2000, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", url, json=long, timeout=60) as running:
             lines = running.iter_lines()
             next(lines)
