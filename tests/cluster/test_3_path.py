@@ -65,7 +65,7 @@ def test_a_streamed_answer_equals_the_reference_token_by_token(client, family, t
 
 
 @pytest.mark.ci
-def test_the_bundled_model_answers_right_through_its_service(client):
+def test_the_bundled_model_answers_right_and_refuses_through_its_service(client):
     client.apply_model("demo", shapes_spec())
     client.wait_until_ready("demo")
 
@@ -73,6 +73,10 @@ def test_the_bundled_model_answers_right_through_its_service(client):
     answers = [client.ask_messages("demo", shape_questions.messages_of(q)) for q in asked]
 
     assert sum(a == q.answer for a, q in zip(answers, asked, strict=True)) >= 59
+    inside = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/x.png"}}
+    refused = client.post("demo", {"messages": [{"role": "user", "content": [inside, inside]}]})
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["code"] == "fetch_forbidden"
 
 
 @pytest.mark.ci

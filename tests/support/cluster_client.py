@@ -119,10 +119,14 @@ class Client:
         answer = self._post(name, {"messages": messages, "max_tokens": 16})
         return answer["choices"][0]["message"]["content"]
 
-    def _post(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
+    def post(self, name: str, body: dict[str, Any]) -> httpx.Response:
+        """Send one chat request as it is."""
         url = f"{self.base_url(name)}/v1/chat/completions"
         with httpx.Client(trust_env=False, timeout=120) as http:
-            answer = http.post(url, json={"model": name, "temperature": 0, **body})
+            return http.post(url, json={"model": name, "temperature": 0, **body})
+
+    def _post(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = self.post(name, body)
         assert answer.status_code == 200, answer.text
         return answer.json()
 

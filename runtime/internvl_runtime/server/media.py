@@ -198,9 +198,12 @@ async def _first_error() -> AsyncIterator[None]:
     """Raise the first refusal alone where a group of tasks raises several at once."""
     try:
         yield
-    except* errors.RequestError as group:
-        first = group.exceptions[0]
-        raise first from None
+    except BaseExceptionGroup as group:
+        # Not `except*`: Python before 3.11.4 wraps in a group again what is raised from there.
+        refusals, others = group.split(errors.RequestError)
+        if refusals is None or others is not None:
+            raise
+        raise refusals.exceptions[0] from None
 
 
 def _videos(messages: Sequence[schemas.Message]) -> Iterator[schemas.VideoUrl]:
