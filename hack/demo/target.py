@@ -28,7 +28,16 @@ class Target:
 
 def choose_target() -> Target:
     """Return the local cluster, or with CLUSTER=current the kubeconfig's current one."""
-    return _current() if os.environ.get("CLUSTER") == "current" else _local()
+    match os.environ.get("CLUSTER", ""):
+        case "":
+            return _local()
+        case "current":
+            return _current()
+        case other:
+            raise steps.ClusterError(
+                f"CLUSTER={other} is not known: leave it out for the local cluster, or set "
+                "CLUSTER=current for the current context of your kubeconfig"
+            )
 
 
 def _local() -> Target:

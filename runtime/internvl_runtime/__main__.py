@@ -10,12 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from internvl_runtime import errors, settings
 from internvl_runtime.artifacts import progress, source, stages, synthesize
 from internvl_runtime.model import config
 from internvl_runtime.store import cache as caches
 
 RESULT_SCHEMA = 1
+EXIT_UNFORESEEN = 1
+"""Another try may go better."""
 EXIT_FAILED = 80
 """Tells the operator that another try would fail alike."""
 EXIT_ENGINE_INCOMPATIBLE = 81
@@ -23,10 +27,19 @@ EXIT_ENGINE_INCOMPATIBLE = 81
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 80 for a foreseen failure, 81 for an unfit engine."""
+    """Run one command.
+
+    Returns 0, 1 when the machine failed it, 80 for a foreseen failure, 81 for
+    an unfit engine.
+    """
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    config_ = settings.Settings()
+    try:
+        config_ = settings.Settings()
+    except pydantic.ValidationError as e:
+        for error in e.errors():
+            print(f"{_variable(error['loc'])}: {error['msg']}", file=sys.stderr)
+        return EXIT_FAILED
     try:
         result = parsed.run(parsed, config_)
     except (errors.RequestError, errors.MeasurementError) as e:
@@ -38,10 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parsed.command}: {e.message}\nremedy: {e.remedy}", file=sys.stderr)
         is_incompatible = e.reason is errors.Reason.ENGINE_INCOMPATIBLE
         return EXIT_ENGINE_INCOMPATIBLE if is_incompatible else EXIT_FAILED
+    except OSError as e:
+        print(f"{parsed.command}: {e}", file=sys.stderr)
+        return EXIT_UNFORESEEN
     if result is not None:
         _write_termination(config_, {"stage": parsed.command, "result": result})
         print(json.dumps(result), flush=True)
     return 0
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    """Return the environment variable of a setting."""
+    return f"{settings.PREFIX}{'_'.join(map(str, location))}".upper()
 
 
 def _resolve(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
@@ -84,8 +105,8 @@ def _build(arguments: argparse.Namespace, config_: settings.Settings) -> dict[st
         checkpoint=arguments.checkpoint,
         backend=arguments.backend,
         architecture=arguments.architecture,
-        versions=json.loads(arguments.versions),
-        limits=folder.limits_of(json.loads(arguments.flags)),
+        versions=arguments.versions,
+        limits=folder.limits_of(arguments.flags),
     )
     published = build.build(
         spec, cache=_cache(arguments, config_), stage=progress.Progress("build")
@@ -204,8 +225,10 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--checkpoint", required=True, metavar="KEY")
     build.add_argument("--backend", default="PyTorch")
     build.add_argument("--architecture", required=True, help="for example cpu-x86_64")
-    build.add_argument("--versions", required=True, help='JSON, for example {"torch": "2.11.0"}')
-    build.add_argument("--flags", required=True, help="JSON of every build flag")
+    build.add_argument(
+        "--versions", type=_object, required=True, help='JSON, for example {"torch": "2.11.0"}'
+    )
+    build.add_argument("--flags", type=_object, required=True, help="JSON of every build flag")
     for command in (verify, serve):
         command.add_argument("--engine", type=Path, required=True, metavar="DIR")
     serve.add_argument(
@@ -214,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", type=Path, metavar="MODEL_DIR", help="a checkpoint's folder")
     inspect.add_argument("--image", type=Path, action="append", default=[], metavar="FILE")
     inspect.add_argument("--text", default="", help="the question; <image> takes the pictures")
-    inspect.add_argument("--max-dynamic-patch", type=int, help="most tiles of a picture's grid")
+    inspect.add_argument("--max-dynamic-patch", type=_count, help="most tiles of a picture's grid")
     inspect.add_argument("--request", type=Path, metavar="FILE", help="a chat request in JSON")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     _add_bench_arguments(bench)
@@ -227,17 +250,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"no JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("no JSON object")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1")
+    return int(text)
+
+
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", required=True, help="the server, for example http://host:8000")
     parser.add_argument("--model", help="the name to ask for; left out, the server chooses")
     parser.add_argument(
         "--scenario", choices=["picture", "turns", "text", "mixed"], default="picture"
     )
-    parser.add_argument("--requests", type=int, default=100, help="conversations to send")
+    parser.add_argument("--requests", type=_count, default=100, help="conversations to send")
     parser.add_argument("--warmup", type=int, default=2, help="conversations before, unmeasured")
-    parser.add_argument("--concurrency", type=int, help="conversations at once; 16 without a rate")
+    parser.add_argument(
+        "--concurrency", type=_count, help="conversations at once; 16 if no rate is given"
+    )
     parser.add_argument("--rate", type=float, help="conversations that begin each second")
-    parser.add_argument("--max-tokens", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--max-tokens", type=_count, default=64, help="tokens of each answer")
     parser.add_argument("--picture", default="1280x720", metavar="WIDTHxHEIGHT")
     parser.add_argument("--words", type=int, default=64, help="words of each question")
     parser.add_argument("--seed", type=int, help="repeats a run's pictures; random if left out")

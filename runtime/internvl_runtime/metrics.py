@@ -113,6 +113,6 @@ class EngineObserver:
         PICTURE_CACHE_BYTES.set(load.picture_cache_bytes)
 
 
-def serve(port: int) -> None:
+def serve(host: str, port: int) -> None:
     """Serve `/metrics` on a port of its own, in a thread of its own."""
-    prometheus_client.start_http_server(port)
+    prometheus_client.start_http_server(port, addr=host)

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pydantic_settings
 
+PREFIX = "INTERNVL_RUNTIME_"
+"""Of the environment variables."""
+
 
 class Settings(pydantic_settings.BaseSettings):
-    """Settings with the prefix `INTERNVL_RUNTIME_`."""
+    """Settings whose environment variables begin with `PREFIX`."""
 
     model_config = pydantic_settings.SettingsConfigDict(
-        env_prefix="INTERNVL_RUNTIME_", extra="forbid", frozen=True
+        env_prefix=PREFIX, extra="forbid", frozen=True
     )
 
     cache_root: Path = Path("/cache")

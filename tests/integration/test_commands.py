@@ -114,3 +114,26 @@ def test_a_damaged_answer_fails_verification(qwen_engine, tmp_path):
 
     assert done.returncode == 80
     assert "the build recorded" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "words"),
+    [
+        (["build", "--checkpoint", "k", "--architecture", "a", "--flags", "{}",
+          "--versions", "{bad"], {}, 2, "--versions: no JSON"),
+        (["inspect", ".", "--max-dynamic-patch", "0"], {}, 2, "0 is no number from 1"),
+        (["plot-steps", "/nope", "--output", "x.svg"], {}, 1, "No such file"),
+        (["plot-steps", "/etc/hostname", "--output", "x.svg"], {}, 80, "can not be drawn"),
+        (["synthesize", "--shape", "tiny", "--family", "qwen2", "--output", "/proc/x"], {}, 1,
+         "/proc/x"),
+        (["verify", "--engine", "."], {"INTERNVL_RUNTIME_PORT": "many"}, 80,
+         "INTERNVL_RUNTIME_PORT: Input should be a valid integer"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_bad_input_gets_a_line_and_no_stack_trace(arguments, environment, code, words, tmp_path):
+    done = runtime_process.run(*arguments, cache=tmp_path, **environment)
+
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

@@ -30,10 +30,11 @@ class Server:
     process: subprocess.Popen
 
 
-def run(*arguments, cache, termination_log=None):
-    """Run one command; returns the finished process with its output."""
+def run(*arguments, cache, termination_log=None, **more):
+    """Run one command, with more variables of the environment; returns the finished process."""
     environment = {
         **os.environ,
+        **more,
         "INTERNVL_RUNTIME_CACHE_ROOT": str(cache),
         "INTERNVL_RUNTIME_TERMINATION_LOG": str(termination_log or "/nonexistent"),
     }

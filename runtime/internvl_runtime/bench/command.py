@@ -59,9 +59,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def plot_steps(arguments: argparse.Namespace) -> None:
-    """Draw a step log."""
-    with arguments.log.open(encoding="utf-8") as lines:
-        plots.plot_steps([json.loads(line) for line in lines], arguments.output)
+    """Draw a step log; raises MeasurementError where the file is none."""
+    try:
+        with arguments.log.open(encoding="utf-8") as lines:
+            plots.plot_steps([json.loads(line) for line in lines], arguments.output)
+    except (ValueError, KeyError, TypeError) as e:
+        raise errors.MeasurementError(
+            f"{arguments.log} can not be drawn into {arguments.output}: {e}"
+        ) from e
 
 
 def _shape(picture: str, words: int) -> scenarios.Shape:

@@ -89,7 +89,7 @@ async def serve(
     )
     app = create_app(api, config=config, draining=draining)
     if config.metrics_port:
-        metrics.serve(config.metrics_port)
+        metrics.serve(config.host, config.metrics_port)
     server = _Server(
         uvicorn.Config(
             app,
