@@ -108,7 +108,7 @@ class Settings(pydantic_settings.BaseSettings):
     stalled_seconds: float = 60.0
     """How long a stream waits for a client that does not read; its request is cancelled then."""
 
-    tokenizer_model: Path = Path("../shared/data/tokenizers/internlm2.model")
+    tokenizer_model: Path = Path("tokenizer.model")
     """A copy of InternLM2's tokenizer.model; only synthesizing its published shapes needs it."""
 
     kv_cache_bytes: int = 0

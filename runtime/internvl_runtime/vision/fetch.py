@@ -33,6 +33,9 @@ _METADATA = frozenset(
 )  # fmt: skip
 """Addresses that hand out credentials: never fetched, whatever is allowed."""
 
+_SEND_DATA = "send the file as a data URL"
+_SEND_DATA_OR_ALLOW = f"{_SEND_DATA}, or have the host allowed by the server's settings"
+
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _NOT_PUBLIC = tuple(
     map(
@@ -168,7 +171,7 @@ def check_url(url: str, policy: FetchPolicy) -> Target:
     if not host:
         raise _failed("it names no host")
     if host.lower() in _METADATA_HOSTS:
-        raise _forbidden("metadata addresses are never fetched")
+        raise _forbidden("metadata addresses are never fetched", remedy=_SEND_DATA)
     if policy.allowed_hosts and not _matches(host, policy.allowed_hosts):
         raise _forbidden(f"the host {host} is not one of the allowed ones")
     address = _literal(host)
@@ -183,7 +186,7 @@ def check_address(address: _Address, *, host: str, policy: FetchPolicy) -> None:
     """Raise RequestError unless a host's address may be connected to."""
     for reached in _reached_through(address):
         if reached in _METADATA:
-            raise _forbidden("metadata addresses are never fetched")
+            raise _forbidden("metadata addresses are never fetched", remedy=_SEND_DATA)
         is_public = reached.is_global and not reached.is_multicast
         is_public = is_public and not any(reached in network for network in _NOT_PUBLIC)
         if not is_public and not _matches(host, policy.private_hosts):
@@ -297,9 +300,5 @@ def _failed(message: str) -> errors.RequestError:
     return sources.refused(f"{message}; send the file as a data URL", code="fetch_failed")
 
 
-def _forbidden(message: str) -> errors.RequestError:
-    return sources.refused(
-        f"{message}; send the file as a data URL, or have the host allowed by the server's "
-        "settings",
-        code="fetch_forbidden",
-    )
+def _forbidden(message: str, *, remedy: str = _SEND_DATA_OR_ALLOW) -> errors.RequestError:
+    return sources.refused(f"{message}; {remedy}", code="fetch_forbidden")
