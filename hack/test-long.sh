@@ -20,6 +20,6 @@ for part; do
     echo
   } > "$report"
   .venv/bin/pytest "tests/$part" --durations=25 -rA --no-header --color=no 2>&1 \
-    | tee /dev/stderr | sed -n '/slowest.*durations/,$p' >> "$report" || failed=1
+    | tee -a /dev/stderr | sed -n '/slowest.*durations/,$p' >> "$report" || failed=1
 done
 exit $failed
