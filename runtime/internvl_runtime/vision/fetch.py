@@ -297,7 +297,7 @@ def _user_agent() -> str:
 
 
 def _failed(message: str) -> errors.RequestError:
-    return sources.refused(f"{message}; send the file as a data URL", code="fetch_failed")
+    return sources.refused(f"{message}; {_SEND_DATA}", code="fetch_failed")
 
 
 def _forbidden(message: str, *, remedy: str = _SEND_DATA_OR_ALLOW) -> errors.RequestError:
