@@ -16,7 +16,7 @@ from asking import answer_alone, ask, assert_equal_but_for_ties, collect, pictur
 from internvl_runtime.artifacts import shapes, tensors
 from internvl_runtime.engine import interface
 from internvl_runtime.engine.pytorch import attention, loading, weights
-from internvl_runtime.model import config
+from internvl_runtime.model import config, tensor_parallel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -174,7 +174,7 @@ def test_the_cache_takes_what_the_largest_step_leaves_free(load):
     model = published("InternVL2_5-1B", layers=2)
     free, total = torch.cuda.mem_get_info()
     engine = load(model, torch.bfloat16, kv_cache_bytes=0)
-    per_block = attention.bytes_per_block(model.language, torch.bfloat16)
+    per_block = attention.bytes_per_block(tensor_parallel.share(model.language, 1), torch.bfloat16)
     taken = engine.scheduler.pool.count * per_block
     assert 0.7 * free < taken < free - 0.05 * total
     rng, answers = random.Random(1), {}

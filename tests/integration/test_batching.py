@@ -10,6 +10,7 @@ from asking import answer_alone, ask, assert_equal_but_for_ties, collect, pictur
 from internvl_runtime import errors
 from internvl_runtime.engine import folder, interface
 from internvl_runtime.engine.pytorch import attention, loading
+from internvl_runtime.model import tensor_parallel
 
 TIE = 1e-3
 """Where alone the two best tokens' logits are as close as this, other sums may choose the other."""
@@ -23,7 +24,9 @@ def context(qwen_engine):
 @pytest.fixture(scope="module")
 def load(qwen_engine):
     def load_engine(*, tokens=None, lag=0, **limits):
-        per_block = attention.bytes_per_block(language_of(qwen_engine), torch.float32)
+        per_block = attention.bytes_per_block(
+            tensor_parallel.share(language_of(qwen_engine), 1), torch.float32
+        )
         options = loading.Options(kv_cache_bytes=(tokens or 40_000) // 16 * per_block, lag=lag)
         limits.setdefault("max_sequence_tokens", min((tokens or 40_000) // 16 * 16, 32_768))
         return in_process.load(qwen_engine, options=options, **limits)

@@ -1,7 +1,8 @@
-"""Writes safetensors files as a stream: one tensor in memory, bytes that depend on nothing else.
+"""Safetensors files as streams: one tensor in memory, bytes that depend on nothing else.
 
-The safetensors package wants a whole file in memory; its format is eight bytes
-of header length, a JSON header, and the tensors end to end
+The safetensors package writes a file from memory as a whole, and maps a file
+that it reads, so that its pages count as ours. The format is eight bytes of
+header length, a JSON header, and the tensors end to end
 (https://github.com/huggingface/safetensors#format).
 """
 
@@ -13,6 +14,8 @@ from pathlib import Path
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _ALIGNMENT_BYTES = 8
+_MOST_HEADER_BYTES = 100_000_000
+"""As in the safetensors package."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +32,44 @@ class TensorInfo:
         return ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor, and where its bytes begin in a file."""
+
+    tensor: TensorInfo
+    offset: int
+
+
+def place(tensors: Sequence[TensorInfo]) -> dict[str, Stored]:
+    """Return where tensors lie in a file that holds them in this order."""
+    offset = len(header(tensors))
+    placed = {}
+    for tensor in tensors:
+        placed[tensor.name] = Stored(tensor, offset)
+        offset += tensor.bytes
+    return placed
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Return what a file holds; raises ValueError where it is no safetensors file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _MOST_HEADER_BYTES:
+            raise ValueError(f"{path.name}: a header of {length} bytes")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    return {
+        name: Stored(
+            TensorInfo(name, entry["dtype"], tuple(entry["shape"])),
+            8 + length + entry["data_offsets"][0],
+        )
+        for name, entry in entries.items()
+    }
+
+
 def size_of(tensors: Sequence[TensorInfo]) -> int:
     """Return the size in bytes of a file with these tensors."""
-    return len(_header(tensors)) + sum(tensor.bytes for tensor in tensors)
+    return len(header(tensors)) + sum(tensor.bytes for tensor in tensors)
 
 
 def write(
@@ -39,7 +77,7 @@ def write(
 ) -> None:
     """Write a file, asking for each tensor's little-endian bytes in order."""
     with path.open("wb") as file:
-        file.write(_header(tensors))
+        file.write(header(tensors))
         for tensor in tensors:
             data = produce(tensor)
             if len(data) != tensor.bytes:
@@ -47,7 +85,8 @@ def write(
             file.write(data)
 
 
-def _header(tensors: Sequence[TensorInfo]) -> bytes:
+def header(tensors: Sequence[TensorInfo]) -> bytes:
+    """Return what comes before the tensors: length and JSON, padded to 8 bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:

@@ -118,8 +118,9 @@ class Cache:
         inputs: Mapping[str, Any],
         references: Sequence[Reference] = (),
         provenance: Mapping[str, Any] | None = None,
+        scratch: Sequence[str] = (),
     ) -> Published:
-        """Make a workspace durable and move it to the key of its inputs."""
+        """Make a workspace durable and move it to the key of its inputs, but for scratch files."""
         manifest = Manifest(
             kind=kind,
             inputs=inputs,
@@ -127,7 +128,7 @@ class Cache:
             files=[
                 describe_file(path, workspace)
                 for path in _files_below(workspace)
-                if path.name not in {MANIFEST, MARKER}
+                if path.name not in {MANIFEST, MARKER, *scratch}
             ],
             provenance={"publishedAt": _now(), **(provenance or {})},
         )
@@ -137,6 +138,8 @@ class Cache:
             _fsync(path)
         for folder in [*(path for path in workspace.rglob("*") if path.is_dir()), workspace]:
             _fsync(folder)
+        for name in scratch:
+            (workspace / name).unlink(missing_ok=True)
         target = self.path_of(kind, keys.key_of(kind, inputs))
         _replace_folder(workspace, target)
         _write_durably(target / MARKER, hashlib.sha256(content).hexdigest().encode())

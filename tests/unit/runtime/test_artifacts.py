@@ -3,8 +3,6 @@ import json
 from pathlib import Path
 
 import pytest
-import safetensors.torch
-import torch
 from internvl_runtime import errors
 from internvl_runtime.artifacts import convert, progress, shapes, source, stages, synthesize
 from internvl_runtime.model import config
@@ -152,65 +150,6 @@ def test_a_broken_checkpoint_is_refused_with_what_is_wrong(tmp_path, damage):
 
     assert caught.value.reason is reason
     assert caught.value.remedy
-
-
-def test_converted_tensors_have_tensorrt_llms_names_and_order(tmp_path):
-    folder = synthesized(tmp_path / "hf")
-    (tmp_path / "out").mkdir()
-    convert.write_checkpoint(folder, tmp_path / "out", dtype="float32", report=lambda *_: None)
-
-    theirs = {}
-    for path in folder.glob("*.safetensors"):
-        theirs |= safetensors.torch.load_file(path)
-    ours = safetensors.torch.load_file(tmp_path / "out" / "rank0.safetensors")
-    layer = "language_model.model.layers.1"
-    qkv = torch.cat([theirs[f"{layer}.self_attn.{x}_proj.weight"] for x in "qkv"]).float()
-    assert torch.equal(ours["transformer.layers.1.attention.qkv.weight"], qkv)
-    gate = theirs[f"{layer}.mlp.gate_proj.weight"].float()
-    assert torch.equal(ours["transformer.layers.1.mlp.fc.weight"], gate)
-    assert torch.equal(ours["lm_head.weight"], theirs["language_model.lm_head.weight"].float())
-    assert len(ours) == 3 + 2 * 8
-    described = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert described["rotary_scaling"] is None
-    assert described["mapping"] == {"world_size": 1, "tp_size": 1, "pp_size": 1}
-
-
-def test_wqkv_is_split_by_key_value_head():
-    language = shapes.tiny_model(shapes.TINY, config.Family.INTERNLM2, vocab_size=9).language
-    rows = (language.num_attention_heads + 2 * language.num_key_value_heads) * language.head_size
-    wqkv = torch.arange(rows).view(-1, 1).expand(-1, language.hidden_size).contiguous()
-
-    rows_of_qkv = convert.split_wqkv(wqkv, language)[:, 0].tolist()
-
-    size, group = language.head_size, 4
-    first = [*range(group * size), *range((group + 2) * size, (2 * group + 2) * size)]
-    assert rows_of_qkv[: 2 * group * size] == first
-    assert rows_of_qkv[2 * group * size :][:size] == list(range(group * size, (group + 1) * size))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_converting_twice_gives_equal_bytes(tmp_path, dtype):
-    folder = synthesized(tmp_path / "hf", family=config.Family.INTERNLM2)
-    outputs = [tmp_path / "one", tmp_path / "two"]
-    for output in outputs:
-        output.mkdir()
-        convert.write_checkpoint(folder, output, dtype=dtype, report=lambda *_: None)
-
-    one, two = ((o / "rank0.safetensors").read_bytes() for o in outputs)
-    assert one == two
-
-
-@pytest.mark.parametrize(("dtype", "size"), [("int4", 1), ("float32", 2)])
-def test_what_is_not_offered_is_refused(tmp_path, dtype, size):
-    with pytest.raises(errors.StageError) as caught:
-        convert.convert(
-            weights="w",
-            dtype=dtype,
-            tensor_parallel_size=size,
-            cache=cache.Cache(tmp_path),
-            stage=quiet(),
-        )
-    assert caught.value.reason is errors.Reason.INVALID_SPEC
 
 
 def test_progress_lines_say_stage_step_and_amount():

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from internvl_runtime.engine.pytorch import scheduler, transfer
 from internvl_runtime.engine.pytorch.block_pool import BLOCK_TOKENS
-from internvl_runtime.model import config
+from internvl_runtime.model import tensor_parallel
 
 Cache = Sequence[torch.Tensor]
 
@@ -140,18 +140,17 @@ def causal_mask(*, past: int, new: int, device: torch.device | None = None) -> t
 
 
 def allocate_cache(
-    language: config.LanguageConfig, blocks: int, *, dtype: torch.dtype, device: torch.device
+    share: tensor_parallel.Share, blocks: int, *, dtype: torch.dtype, device: torch.device
 ) -> Cache:
-    """Return the cache's tensors."""
-    shape = (blocks, 2, BLOCK_TOKENS, language.num_key_value_heads, language.head_size)
+    """Return the cache's tensors of one rank."""
+    shape = (blocks, 2, BLOCK_TOKENS, share.key_value_heads, share.head_size)
     # GPU kernels mask by multiplying with zero and must not meet a NaN; on the CPU memory that
     # nobody writes to is never touched.
     create = torch.zeros if device.type == "cuda" else torch.empty
-    layers = range(language.num_hidden_layers)
-    return [create(shape, dtype=dtype, device=device) for _ in layers]
+    return [create(shape, dtype=dtype, device=device) for _ in range(share.layers)]
 
 
-def bytes_per_block(language: config.LanguageConfig, dtype: torch.dtype) -> int:
-    """Return the bytes of one block in all layers."""
-    numbers = 2 * BLOCK_TOKENS * language.num_key_value_heads * language.head_size
-    return numbers * language.num_hidden_layers * dtype.itemsize
+def bytes_per_block(share: tensor_parallel.Share, dtype: torch.dtype) -> int:
+    """Return the bytes of one block in all layers of one rank."""
+    numbers = 2 * BLOCK_TOKENS * share.key_value_heads * share.head_size
+    return numbers * share.layers * dtype.itemsize

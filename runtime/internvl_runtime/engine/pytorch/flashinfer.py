@@ -12,7 +12,7 @@ import torch
 
 from internvl_runtime.engine.pytorch import attention
 from internvl_runtime.engine.pytorch.block_pool import BLOCK_TOKENS
-from internvl_runtime.model import config
+from internvl_runtime.model import tensor_parallel
 
 HEAD_SIZES = frozenset({64, 128, 256})
 """Head sizes that its kernels are made for."""
@@ -36,9 +36,9 @@ class _Wrappers:
 class FlashInferAttention:
     """Plans each step's kernels on the host, and runs them on the device."""
 
-    def __init__(self, cache: attention.Cache, language: config.LanguageConfig) -> None:
+    def __init__(self, cache: attention.Cache, share: tensor_parallel.Share) -> None:
         self._cache = cache
-        self._language = language
+        self._share = share
         self._device = cache[0].device
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
         # A plan is copied from the wrapper's memory behind the step in front, which may still
@@ -55,11 +55,7 @@ class FlashInferAttention:
             _int32([block for table in tables for block in table]),
             _int32([(span.end - 1) % BLOCK_TOKENS + 1 for span in spans]),
         )
-        heads = (
-            self._language.num_attention_heads,
-            self._language.num_key_value_heads,
-            self._language.head_size,
-        )
+        heads = self._share.heads, self._share.key_value_heads, self._share.head_size
         dtype = self._cache[0].dtype
         dtypes = {"q_data_type": dtype, "kv_data_type": dtype}
         if all(span.length == 1 for span in spans):
@@ -89,6 +85,6 @@ def _starts(lengths: Sequence[int]) -> torch.Tensor:
     return _int32(list(itertools.accumulate(lengths, initial=0)))
 
 
-def fits(language: config.LanguageConfig, *, dtype: torch.dtype) -> bool:
+def fits(share: tensor_parallel.Share, *, dtype: torch.dtype) -> bool:
     """Whether FlashInfer has kernels for a model."""
-    return language.head_size in HEAD_SIZES and dtype in DTYPES
+    return share.head_size in HEAD_SIZES and dtype in DTYPES

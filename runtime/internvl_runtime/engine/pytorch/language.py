@@ -8,9 +8,9 @@ float32.
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from internvl_runtime.engine.pytorch import attention, vision
+from internvl_runtime.engine.pytorch import attention, ranks, vision
 from internvl_runtime.engine.pytorch import weights as loading
-from internvl_runtime.model import config
+from internvl_runtime.model import config, tensor_parallel
 
 _VOCABULARY_MULTIPLE = 128
 """Rows of lm_head: products with other row counts take up to five times as long on Hopper."""
@@ -20,14 +20,21 @@ class LanguageModel:
     """The decoder."""
 
     def __init__(
-        self, language: config.LanguageConfig, weights: loading.Weights, *, max_tokens: int
+        self,
+        language: config.LanguageConfig,
+        weights: loading.Weights,
+        *,
+        max_tokens: int,
+        group: ranks.Group = ranks.ALONE,
     ) -> None:
         self.language = language
+        self.share = tensor_parallel.share(language, group.size)
+        self._group = group
         self._embedding = weights["transformer.vocab_embedding.weight"]
         self._norm = weights["transformer.ln_f.weight"]
         self._head = _pad_rows(weights.pop("lm_head.weight"), _VOCABULARY_MULTIPLE)
         every = weights.below("transformer.layers").layers(language.num_hidden_layers)
-        self._layers = [_Layer(language, layer) for layer in every]
+        self._layers = [_Layer(self.share, layer, language.rms_norm_eps, group) for layer in every]
         self._angles = _angles(language, max_tokens, self._embedding)
 
     @property
@@ -59,21 +66,24 @@ class LanguageModel:
         for number, layer in enumerate(self._layers):
             hidden = layer.forward(hidden, (cosine, sine), attend, number)
         normed = vision.rms_norm(hidden[last], self._norm, self.language.rms_norm_eps)
-        logits = F.linear(normed, self._head)[:, : self.language.vocab_size]
-        return logits.to(torch.float32)
+        own = F.linear(normed, self._head)[:, : self.share.vocabulary_rows]
+        return self._group.join(own)[:, : self.language.vocab_size].to(torch.float32)
 
 
 class _Layer:
-    """One decoder layer, q, k and v in one product, gate and up in another."""
+    """One rank's share of a decoder layer: q, k and v in one product, gate and up in another."""
 
-    def __init__(self, language: config.LanguageConfig, weights: loading.Weights) -> None:
-        self._heads = (
-            language.num_attention_heads,
-            language.num_key_value_heads,
-            language.num_key_value_heads,
-        )
-        self._size = language.head_size
-        self._eps = language.rms_norm_eps
+    def __init__(
+        self,
+        share: tensor_parallel.Share,
+        weights: loading.Weights,
+        eps: float,
+        group: ranks.Group,
+    ) -> None:
+        self._heads = share.heads, share.key_value_heads, share.key_value_heads
+        self._size = share.head_size
+        self._eps = eps
+        self._group = group
         self._input_norm = weights["input_layernorm.weight"]
         self._post_norm = weights["post_layernorm.weight"]
         self._qkv = weights["attention.qkv.weight"]
@@ -95,10 +105,10 @@ class _Layer:
         by_head = qkv.view(len(hidden), sum(self._heads), self._size)
         query, key, value = by_head.split(self._heads, dim=1)
         mixed = attend.attend(number, rotate(query, rotation), rotate(key, rotation), value)
-        hidden = hidden + F.linear(mixed.flatten(1), self._dense)
+        hidden = hidden + self._group.add(F.linear(mixed.flatten(1), self._dense))
         normed = vision.rms_norm(hidden, self._post_norm, self._eps)
         gate, up = F.linear(normed, self._gate_up).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, self._down)
+        return hidden + self._group.add(F.linear(F.silu(gate) * up, self._down))
 
 
 def rotate(heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

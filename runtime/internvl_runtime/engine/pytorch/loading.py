@@ -24,7 +24,7 @@ from internvl_runtime.engine.pytorch import (
     vision,
     weights,
 )
-from internvl_runtime.model import config
+from internvl_runtime.model import config, tensor_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +82,12 @@ def load_engine(
     tiles_per_pass = _TILES_PER_PASS[place.type]
 
     def create_runner(blocks: int) -> runner.Runner:
-        cache = attention.allocate_cache(model.language, blocks, dtype=decoder.dtype, device=place)
+        cache = attention.allocate_cache(decoder.share, blocks, dtype=decoder.dtype, device=place)
         return runner.Runner(
-            tower, decoder, _choose_attention(cache, model.language), tiles_per_pass=tiles_per_pass
+            tower, decoder, _choose_attention(cache, decoder.share), tiles_per_pass=tiles_per_pass
         )
 
-    blocks = _count_blocks(model.language, limits, decoder, options, step_limits, create_runner)
+    blocks = _count_blocks(limits, decoder, options, step_limits, create_runner)
     logger.info(
         "the key/value cache has %d blocks: %d tokens", blocks, blocks * block_pool.BLOCK_TOKENS
     )
@@ -108,18 +108,15 @@ def _load_nothing(request_id: str, index: int) -> None:
     raise ValueError(f"picture {index} of {request_id} is not at hand")
 
 
-def _choose_attention(
-    cache: attention.Cache, language_: config.LanguageConfig
-) -> attention.Attention:
+def _choose_attention(cache: attention.Cache, share: tensor_parallel.Share) -> attention.Attention:
     is_cuda = cache[0].device.type == "cuda"
     has_kernels = is_cuda and importlib.util.find_spec("flashinfer") is not None
-    if has_kernels and flashinfer.fits(language_, dtype=cache[0].dtype):
-        return flashinfer.FlashInferAttention(cache, language_)
+    if has_kernels and flashinfer.fits(share, dtype=cache[0].dtype):
+        return flashinfer.FlashInferAttention(cache, share)
     return attention.TorchAttention(cache)
 
 
 def _count_blocks(
-    language_: config.LanguageConfig,
     limits: interface.EngineLimits,
     decoder: language.LanguageModel,
     options: Options,
@@ -127,7 +124,7 @@ def _count_blocks(
     create_runner: Callable[[int], runner.Runner],
 ) -> int:
     """Return how many blocks the cache has: as many as are of use, as far as memory goes."""
-    per_block = attention.bytes_per_block(language_, decoder.dtype)
+    per_block = attention.bytes_per_block(decoder.share, decoder.dtype)
     per_request = block_pool.blocks_for(limits.max_sequence_tokens)
     useful = per_request * limits.max_batch_size
     free = options.kv_cache_bytes or _CPU_CACHE_BYTES

@@ -1,0 +1,151 @@
+"""Tensors from file to file through a bounded piece of memory.
+
+Files are read and written by position, never mapped: mapped pages would count
+as this process's memory.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from internvl_runtime import errors
+from internvl_runtime.artifacts import layout, safetensors_file
+
+_BLOCK_BYTES = 16 * 2**20
+"""Of a tensor that are converted at a time."""
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Reader(contextlib.ExitStack):
+    """Reads a checkpoint's tensors into memory that the next reading uses again."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._stored: dict[str, tuple[int, safetensors_file.Stored]] = {}
+        self._memory = bytearray()
+        for path in sorted(folder.glob("*.safetensors")):
+            descriptor = os.open(path, os.O_RDONLY)
+            self.callback(os.close, descriptor)
+            for name, stored in safetensors_file.read_header(path).items():
+                self._stored[name] = descriptor, stored
+
+    def load(self, names: Sequence[str]) -> list[layout.Array]:
+        """Return tensors, good until the next call; raises StageError for a file cut short."""
+        places = [self._stored[name] for name in names]
+        self._reserve(sum(stored.tensor.bytes for _, stored in places))
+        loaded, start = [], 0
+        for descriptor, stored in places:
+            view = memoryview(self._memory)[start : start + stored.tensor.bytes]
+            _read(descriptor, view, stored)
+            array = np.frombuffer(view, dtype=_DTYPES[stored.tensor.dtype])
+            loaded.append(array.reshape(stored.tensor.shape))
+            start += stored.tensor.bytes
+        return loaded
+
+    def _reserve(self, size: int) -> None:
+        if len(self._memory) < size:
+            self._memory = bytearray()
+            self._memory = bytearray(size)
+
+
+class Writer(contextlib.ExitStack):
+    """Writes the files of a layout; what an earlier process has written to them stays."""
+
+    def __init__(self, folder: Path, files: layout.Layout, dtype: str) -> None:
+        super().__init__()
+        infos = files.infos(dtype)
+        self._placed = safetensors_file.place(infos)
+        self._dtype = _DTYPES[dtype]
+        self._descriptors = [self._open(folder / name, infos) for name in files.files]
+
+    def _open(self, path: Path, infos: Sequence[safetensors_file.TensorInfo]) -> int:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self.callback(os.close, descriptor)
+        _allocate(descriptor, safetensors_file.size_of(infos))
+        _write(descriptor, safetensors_file.header(infos), 0)
+        return descriptor
+
+    def write(self, name: str, parts: Iterable[layout.Array]) -> None:
+        """Write each file's part of a tensor; raises StageError for a value beyond the dtype."""
+        stored = self._placed[name]
+        for descriptor, part in zip(self._descriptors, parts, strict=True):
+            if part.shape != stored.tensor.shape:
+                raise ValueError(f"{name}: {part.shape}, planned {stored.tensor.shape}")
+            offset = stored.offset
+            rows = max(1, _BLOCK_BYTES * len(part) // stored.tensor.bytes)
+            for start in range(0, len(part), rows):
+                content = self._bytes_of(part[start : start + rows], name)
+                _write(descriptor, content, offset)
+                offset += len(content)
+
+    def sync(self) -> None:
+        """Make everything that was written durable."""
+        for descriptor in self._descriptors:
+            os.fdatasync(descriptor)
+
+    def _bytes_of(self, block: layout.Array, name: str) -> memoryview:
+        with np.errstate(over="ignore"):
+            converted = np.ascontiguousarray(block, dtype=self._dtype)
+        if converted.dtype != block.dtype and not np.isfinite(converted).all():
+            raise errors.StageError(
+                errors.Reason.UNSUPPORTED_MODEL,
+                f"{name} has values that {converted.dtype} can not hold",
+                remedy="set spec.engine.dtype to bfloat16 or float32",
+            )
+        return converted.reshape(-1).view(np.uint8).data
+
+
+class Journal:
+    """Names of what is durable in a folder, one a line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        self.done = {line.rstrip("\n") for line in lines if line.endswith("\n")}
+
+    def add(self, name: str) -> None:
+        """Record a name durably."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{name}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.done.add(name)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Take the room for a file at once, where the file system can."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as e:
+        if e.errno not in {errno.EOPNOTSUPP, errno.EINVAL}:
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def _read(descriptor: int, view: memoryview, stored: safetensors_file.Stored) -> None:
+    offset = stored.offset
+    while view:
+        count = os.preadv(descriptor, [view], offset)
+        if not count:
+            raise errors.StageError(
+                errors.Reason.DIGEST_MISMATCH,
+                f"the file of {stored.tensor.name} ends within it",
+                remedy="copy the file again; it is cut short",
+            )
+        view, offset = view[count:], offset + count
+
+
+def _write(descriptor: int, content: bytes | memoryview, offset: int) -> None:
+    view = memoryview(content)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
