@@ -13,7 +13,7 @@ from typing import Any
 import pydantic
 
 from internvl_runtime import errors, settings
-from internvl_runtime.artifacts import progress, source, stages, synthesize
+from internvl_runtime.artifacts import progress, sources, stages, synthesize
 from internvl_runtime.model import config
 from internvl_runtime.store import cache as caches
 
@@ -67,7 +67,7 @@ def _variable(location: tuple[int | str, ...]) -> str:
 
 def _resolve(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
     resolved = stages.resolve(
-        _source(arguments, config_),
+        sources.parse_source(arguments.source, config_),
         cache=_cache(arguments, config_),
         stage=progress.Progress("resolve"),
     )
@@ -76,7 +76,7 @@ def _resolve(arguments: argparse.Namespace, config_: settings.Settings) -> dict[
 
 def _fetch(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
     published = stages.fetch(
-        _source(arguments, config_),
+        sources.parse_source(arguments.source, config_),
         weights=arguments.weights,
         cache=_cache(arguments, config_),
         stage=progress.Progress("fetch"),
@@ -99,13 +99,14 @@ def _convert(arguments: argparse.Namespace, config_: settings.Settings) -> dict[
 
 def _build(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
     from internvl_runtime.artifacts import build
-    from internvl_runtime.engine import folder
+    from internvl_runtime.engine import device, folder
 
+    architecture = arguments.architecture or device.architecture()
     spec = build.EngineSpec(
         checkpoint=arguments.checkpoint,
         backend=arguments.backend,
-        architecture=arguments.architecture,
-        versions=arguments.versions,
+        architecture=architecture,
+        versions=arguments.versions or device.versions(arguments.backend, architecture),
         limits=folder.limits_of(arguments.flags),
     )
     published = build.build(
@@ -115,14 +116,19 @@ def _build(arguments: argparse.Namespace, config_: settings.Settings) -> dict[st
 
 
 def _verify(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
-    from internvl_runtime.engine import device, folder, worker
+    from internvl_runtime.engine import folder, worker
     from internvl_runtime.engine.pytorch import loading
 
     del config_
     opened = folder.open_engine(arguments.engine)
-    options = loading.Options(device=device.default_device())
-    worker.load(opened, opened.load_tokenizer(), options=options)
+    worker.load(opened, opened.load_tokenizer(), options=loading.Options())
     return {"engine": arguments.engine.resolve().name, "verified": True}
+
+
+def _manage_cache(arguments: argparse.Namespace, config_: settings.Settings) -> None:
+    from internvl_runtime.artifacts import cache_command
+
+    cache_command.run(arguments, _cache(arguments, config_))
 
 
 def _serve(arguments: argparse.Namespace, config_: settings.Settings) -> None:
@@ -171,18 +177,6 @@ def _synthesize(arguments: argparse.Namespace, config_: settings.Settings) -> No
     )
 
 
-def _source(arguments: argparse.Namespace, config_: settings.Settings) -> source.Source:
-    try:
-        raw = json.loads(arguments.source)
-    except ValueError as e:
-        raise errors.StageError(
-            errors.Reason.INVALID_SPEC,
-            f"--source is not JSON: {e}",
-            remedy='give {"folder": {"path": "/models/x"}} or {"synthetic": {...}}',
-        ) from e
-    return source.parse_source(raw, tokenizer_model=config_.tokenizer_model)
-
-
 def _cache(arguments: argparse.Namespace, config_: settings.Settings) -> caches.Cache:
     return caches.Cache(arguments.cache or config_.cache_root)
 
@@ -207,14 +201,15 @@ def _parser() -> argparse.ArgumentParser:
     convert = add("convert", _convert, "publish a rank checkpoint of weights")
     build = add("build", _build, "build, verify and publish an engine of a checkpoint")
     verify = add("verify", _verify, "repeat the recorded answers of a published engine")
+    managed = add("cache", _manage_cache, "list, verify or prune what is published")
     serve = add("serve", _serve, "serve a published engine over the OpenAI API")
     inspect = add("inspect", _inspect, "show what a request becomes: grids, tiles, token ids")
     bench = add("bench", _bench, "load a server of the OpenAI API and measure it")
     plot = add("plot-steps", _plot_steps, "draw the step log that `serve --step-log` wrote")
     made_up = add("synthesize", _synthesize, "write a checkpoint with seeded random weights")
     for command in (resolve, fetch):
-        command.add_argument("--source", required=True, help="JSON: bundled, synthetic or folder")
-    for command in (resolve, fetch, convert, build):
+        command.add_argument("--source", required=True, help="JSON, see docs/reference.md")
+    for command in (resolve, fetch, convert, build, managed):
         command.add_argument(
             "--cache", type=Path, help="cache folder (INTERNVL_RUNTIME_CACHE_ROOT)"
         )
@@ -224,11 +219,30 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--tensor-parallel-size", type=int, default=1)
     build.add_argument("--checkpoint", required=True, metavar="KEY")
     build.add_argument("--backend", default="PyTorch")
-    build.add_argument("--architecture", required=True, help="for example cpu-x86_64")
     build.add_argument(
-        "--versions", type=_object, required=True, help='JSON, for example {"torch": "2.11.0"}'
+        "--architecture", help="for example sm_90 or cpu-x86_64; this machine's if left out"
+    )
+    build.add_argument(
+        "--versions",
+        type=_object,
+        help='JSON, for example {"torch": "2.11.0"}; those installed if left out',
     )
     build.add_argument("--flags", type=_object, required=True, help="JSON of every build flag")
+    managed.add_argument("action", choices=["list", "verify", "prune"])
+    managed.add_argument(
+        "--keep-engines", type=int, default=2, metavar="N", help="newest of each model that stay"
+    )
+    managed.add_argument(
+        "--in-use", action="append", default=[], metavar="KEY", help="what stays in any case"
+    )
+    managed.add_argument(
+        "--free-bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="remove weights too, the oldest first, until so many bytes are freed",
+    )
+    managed.add_argument("--dry-run", action="store_true", help="show what would go")
     for command in (verify, serve):
         command.add_argument("--engine", type=Path, required=True, metavar="DIR")
     serve.add_argument(

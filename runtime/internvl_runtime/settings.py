@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pydantic
 import pydantic_settings
 
 PREFIX = "INTERNVL_RUNTIME_"
@@ -20,6 +21,23 @@ class Settings(pydantic_settings.BaseSettings):
 
     termination_log: Path = Path("/dev/termination-log")
     """File that gets the one JSON object a build stage ends with; skipped where there is none."""
+
+    huggingface_token: str | None = pydantic.Field(None, validation_alias="HF_TOKEN", repr=False)
+    """Token of the Hugging Face hub, for gated and private repositories."""
+
+    modelscope_token: str | None = pydantic.Field(
+        None, validation_alias="MODELSCOPE_API_TOKEN", repr=False
+    )
+    """Token of ModelScope."""
+
+    source_headers_folder: Path | None = None
+    """Folder with a file for each header that an `http` source wants; a Secret is mounted here."""
+
+    source_seconds: float = 30.0
+    """How long a source may send nothing before the connection counts as lost."""
+
+    source_failures: int = 8
+    """Failures in a row, without a byte between them, after which a source is unreachable."""
 
     host: str = "0.0.0.0"  # noqa: S104 - a pod serves its Service on every address
     """Address that the HTTP server listens on."""

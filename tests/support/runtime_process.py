@@ -78,7 +78,7 @@ def serve(
     engine: Path, *, wait: bool = True, arguments: tuple = (), **settings: object
 ) -> Iterator[Server]:
     """Serve an engine on loopback until the block ends; settings by their names."""
-    port, metrics_port = _free_port(), _free_port()
+    port, metrics_port = free_port(), free_port()
     environment = {
         **os.environ,
         "INTERNVL_RUNTIME_PROPAGATION_SECONDS": "0",
@@ -126,7 +126,7 @@ def _wait_until_ready(server: Server) -> None:
     raise AssertionError("the server did not become ready")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from internvl_runtime import errors
-from internvl_runtime.artifacts import layout, progress, source, tensor_stream
+from internvl_runtime.artifacts import journal, layout, progress, source, tensor_stream
 from internvl_runtime.model import config, tokenizer
 from internvl_runtime.store import cache as caches
 from internvl_runtime.store import keys
 
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""The offered dtypes and their names in safetensors files."""
 _NOT_COPIED = {"model.safetensors.index.json"}
 _JOURNAL = "converted-groups"
 """In the output, until it is published."""
@@ -78,33 +79,33 @@ def write_checkpoint(
     _copy_small_files(folder, output / "model")
     settings = describe_checkpoint(model.language, dtype=dtype, ranks=ranks)
     (output / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    journal = tensor_stream.Journal(output / _JOURNAL)
-    code = _SAFETENSORS_DTYPES[dtype]
+    converted = journal.Journal(output / _JOURNAL)
+    code = DTYPES[dtype]
     counter = _Counter(report, sum(files.size(code) for files in layouts))
     with tensor_stream.Reader(folder) as reader:
         for files in layouts:
-            _write_files(files, output, reader, journal, counter, dtype=code)
+            _write_files(files, output, reader, converted, counter, dtype=code)
 
 
 def _write_files(
     files: layout.Layout,
     output: Path,
     reader: tensor_stream.Reader,
-    journal: tensor_stream.Journal,
+    converted: journal.Journal,
     counter: "_Counter",
     *,
     dtype: str,
 ) -> None:
     def settle(group: layout.Group) -> None:
         writer.sync()
-        journal.add(group.name)
+        converted.add(group.name)
 
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(tensor_stream.Writer(output, files, dtype))
         background = stack.enter_context(futures.ThreadPoolExecutor(1))
         settled: futures.Future[None] | None = None
         for group in files.groups:
-            if group.name not in journal.done:
+            if group.name not in converted.done:
                 for tensor in group.tensors:
                     writer.write(tensor.name, tensor.cut(reader.load(tensor.sources)))
                 if settled:
@@ -180,9 +181,9 @@ def _copy_small_files(folder: Path, output: Path) -> None:
 
 
 def _check_dtype(dtype: str) -> None:
-    if dtype not in _SAFETENSORS_DTYPES:
+    if dtype not in DTYPES:
         raise errors.StageError(
             errors.Reason.INVALID_SPEC,
-            f"dtype {dtype} is not one of {', '.join(_SAFETENSORS_DTYPES)}",
+            f"dtype {dtype} is not one of {', '.join(DTYPES)}",
             remedy="change spec.engine.dtype",
         )

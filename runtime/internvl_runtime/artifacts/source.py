@@ -6,32 +6,20 @@ import hashlib
 import json
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import safetensors
 
 from internvl_runtime import errors
-from internvl_runtime.artifacts import progress, safetensors_file, synthesize, tensors
+from internvl_runtime.artifacts import progress, remote, safetensors_file, synthesize, tensors
 from internvl_runtime.model import config
 from internvl_runtime.store import cache as caches
 from internvl_runtime.store import keys
 
 BUNDLED = Path(__file__).parent / "bundled"
 """The models that ship with this package, a folder each."""
-
-_SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +29,30 @@ class Identified:
     files: list[dict[str, Any]]
     """For each file `path`, `size` in bytes and `identifier`."""
     model: config.ModelConfig
+    listing: remote.Listing | None = None
+    """What there is to download, from a source that files are downloaded from."""
+
+    @property
+    def revision(self) -> str | None:
+        """Return the commit that a branch or tag stands for, where the source has commits."""
+        return self.listing.revision if self.listing else None
+
+    @property
+    def pinned(self) -> Mapping[str, Any] | None:
+        """Return the source as JSON that names this very content; None where it always does."""
+        return self.listing.pinned if self.listing else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """What a fetch has put into its workspace, beside the files."""
+
+    references: Sequence[caches.Reference] = ()
+    """Where the files are, where nothing needed to be copied."""
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 of files, by path, that are known already."""
+    scratch: Sequence[str] = ()
+    """Names in the workspace that are no files of the weights."""
 
 
 class Source(Protocol):
@@ -54,8 +66,8 @@ class Source(Protocol):
         """Tell files and model; raises StageError when the source is unusable."""
         ...
 
-    def fetch(self, workspace: Path, stage: progress.Progress) -> list[caches.Reference]:
-        """Fill the workspace, or return a reference where nothing needs to be copied."""
+    def fetch(self, identified: Identified, workspace: Path, stage: progress.Progress) -> Fetched:
+        """Fill the workspace, which may hold a part, or refer to where the files are."""
         ...
 
 
@@ -91,15 +103,17 @@ class SyntheticSource:
         ]
         return Identified(files, model)
 
-    def fetch(self, workspace: Path, stage: progress.Progress) -> list[caches.Reference]:
+    def fetch(self, identified: Identified, workspace: Path, stage: progress.Progress) -> Fetched:
         """Write the checkpoint."""
+        del identified
+        caches.clear(workspace)
         synthesize.write_checkpoint(
             self.recipe,
             workspace,
             tokenizer_model=self.tokenizer_model,
             report=stage.step("synthesize", unit="bytes"),
         )
-        return []
+        return Fetched()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +159,13 @@ class FolderSource:
         ]
         return Identified(files, model)
 
-    def fetch(self, workspace: Path, stage: progress.Progress) -> list[caches.Reference]:
+    def fetch(self, identified: Identified, workspace: Path, stage: progress.Progress) -> Fetched:
         """Refer to the folder."""
-        del workspace, stage
-        return [caches.Reference("folder", str(self.folder))]
+        del identified, workspace, stage
+        return Fetched(references=[caches.Reference("folder", str(self.folder))])
 
     def _list_files(self) -> list[Path]:
-        small = [self.folder / name for name in _SMALL_FILES]
+        small = [self.folder / name for name in remote.SMALL_FILES]
         shards = sorted(self.folder.glob("*.safetensors"))
         if not shards:
             raise errors.StageError(
@@ -189,32 +203,10 @@ class BundledSource:
             )
         return FolderSource(folder).identify(cache, stage)
 
-    def fetch(self, workspace: Path, stage: progress.Progress) -> list[caches.Reference]:
+    def fetch(self, identified: Identified, workspace: Path, stage: progress.Progress) -> Fetched:
         """Refer to the model."""
-        del workspace, stage
-        return [caches.Reference("bundled", self.name)]
-
-
-def parse_source(raw: Mapping[str, Any], *, tokenizer_model: Path) -> Source:
-    """Read `{"bundled": {name}}`, `{"synthetic": {shape, family}}` or `{"folder": {path}}`."""
-    match raw:
-        case {"bundled": {"name": str(name)}}:
-            return BundledSource(name)
-        case {"synthetic": {"shape": str(shape)} as described}:
-            family = described.get("family")
-            recipe = synthesize.Recipe(
-                shape, config.Family(family) if family else None, described.get("seed", 0)
-            )
-            return SyntheticSource(recipe, tokenizer_model)
-        case {"folder": {"path": str(path)}}:
-            return FolderSource(Path(path))
-        case _:
-            raise errors.StageError(
-                errors.Reason.INVALID_SPEC,
-                f"the source {json.dumps(dict(raw))} is not known",
-                remedy='give {"bundled": {"name": ...}}, {"synthetic": {...}} or '
-                '{"folder": {"path": ...}}',
-            )
+        del identified, workspace, stage
+        return Fetched(references=[caches.Reference("bundled", self.name)])
 
 
 def weights_folder(weights: caches.Published) -> Path:

@@ -1,6 +1,7 @@
 """The build stages that need no torch: resolve and fetch."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from internvl_runtime import errors
@@ -20,6 +21,10 @@ class Resolved:
     dimensions: dict[str, Any]
     size: int
     """Bytes of all files."""
+    revision: str | None
+    """The commit that a branch or tag stands for, where the source has commits."""
+    source: Mapping[str, Any] | None
+    """The source that names this very content: what to fetch from."""
     checkpoints: list[str]
     """Keys of checkpoints of these weights that are published, newest last."""
     engines: list[str]
@@ -37,6 +42,8 @@ def resolve(origin: source.Source, *, cache: caches.Cache, stage: progress.Progr
         family=identified.model.language.family.value,
         dimensions=dataclasses.asdict(identified.model.language),
         size=sum(file["size"] for file in identified.files),
+        revision=identified.revision,
+        source=identified.pinned,
         checkpoints=checkpoints[-_LISTED_KEYS:],
         engines=engines[-_LISTED_KEYS:],
     )
@@ -57,11 +64,16 @@ def fetch(
         identified = origin.identify(cache, stage)
         inputs = keys.weights_inputs(identified.files)
         _check_unchanged(weights, keys.key_of(keys.Kind.WEIGHTS, inputs))
-        caches.clear(workspace)
         with caches.naming_a_full_disk(cache.root):
-            references = origin.fetch(workspace, stage)
+            fetched = origin.fetch(identified, workspace, stage)
             return cache.publish(
-                workspace, kind=keys.Kind.WEIGHTS, inputs=inputs, references=references
+                workspace,
+                kind=keys.Kind.WEIGHTS,
+                inputs=inputs,
+                references=fetched.references,
+                digests=fetched.digests,
+                scratch=fetched.scratch,
+                provenance={"revision": identified.revision, "source": identified.pinned},
             )
 
 

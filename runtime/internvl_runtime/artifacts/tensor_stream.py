@@ -38,6 +38,10 @@ class Reader(contextlib.ExitStack):
             for name, stored in safetensors_file.read_header(path).items():
                 self._stored[name] = descriptor, stored
 
+    def names_below(self, prefix: str) -> list[str]:
+        """Return the names that begin with a prefix."""
+        return [name for name in self._stored if name.startswith(prefix)]
+
     def load(self, names: Sequence[str]) -> list[layout.Array]:
         """Return tensors, good until the next call; raises StageError for a file cut short."""
         places = [self._stored[name] for name in names]
@@ -102,23 +106,6 @@ class Writer(contextlib.ExitStack):
                 remedy="set spec.engine.dtype to bfloat16 or float32",
             )
         return converted.reshape(-1).view(np.uint8).data
-
-
-class Journal:
-    """Names of what is durable in a folder, one a line."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        self.done = {line.rstrip("\n") for line in lines if line.endswith("\n")}
-
-    def add(self, name: str) -> None:
-        """Record a name durably."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{name}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.done.add(name)
 
 
 def _allocate(descriptor: int, size: int) -> None:

@@ -22,7 +22,7 @@ def quiet(stage="test"):
 
 
 def folder_source(path):
-    return source.parse_source({"folder": {"path": str(path)}}, tokenizer_model=NO_FILE)
+    return source.FolderSource(path)
 
 
 def contents(folder):
@@ -56,7 +56,7 @@ def test_the_sizes_that_a_synthetic_source_announces_are_those_it_writes(tmp_pat
     recipe = synthesize.Recipe(shapes.TINY, config.Family.INTERNLM2, 3)
     made = source.SyntheticSource(recipe, NO_FILE)
     identified = made.identify(cache.Cache(tmp_path), quiet())
-    made.fetch(tmp_path, quiet())
+    made.fetch(identified, tmp_path, quiet())
 
     sizes = {file["path"]: file["size"] for file in identified.files}
     assert sizes == {path.name: path.stat().st_size for path in tmp_path.iterdir()}

@@ -9,6 +9,7 @@ import torch
 from internvl_runtime import errors
 from internvl_runtime.artifacts import (
     convert,
+    journal,
     layout,
     shapes,
     synthesize,
@@ -156,7 +157,7 @@ def test_after_a_stop_anywhere_the_rest_is_done_and_nothing_twice(
     groups = [g.name for files in layout.layouts(model, 2) for g in files.groups]
     stopped, done = new(tmp_path / "stopped"), []
     rng = random.Random(3)
-    add, original = tensor_stream.Journal.add, tensor_stream.Writer.write
+    add, original = journal.Journal.add, tensor_stream.Writer.write
 
     def recorded(self, name):
         done.append(name)
@@ -167,7 +168,7 @@ def test_after_a_stop_anywhere_the_rest_is_done_and_nothing_twice(
             raise KilledError
         original(self, name, parts)
 
-    monkeypatch.setattr(tensor_stream.Journal, "add", recorded)
+    monkeypatch.setattr(journal.Journal, "add", recorded)
     monkeypatch.setattr(tensor_stream.Writer, "write", deadly)
     tries = 1
     while True:
@@ -185,7 +186,7 @@ def test_after_a_stop_anywhere_the_rest_is_done_and_nothing_twice(
 def test_a_torn_line_of_the_journal_does_not_count(tmp_path):
     path = tmp_path / "journal"
     path.write_text("layer 0\nlayer")
-    assert tensor_stream.Journal(path).done == {"layer 0"}
+    assert journal.Journal(path).done == {"layer 0"}
 
 
 def test_a_shard_that_is_cut_short_is_named(checkpoint, tmp_path):
