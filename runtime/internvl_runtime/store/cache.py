@@ -75,6 +75,10 @@ class Cache:
         """Return where a key lies once it is published."""
         return self.root / kind.value / key
 
+    def lock_path(self, kind: keys.Kind, key: str) -> Path:
+        """Return the file whose lock a builder of a key holds."""
+        return self.root / "locks" / f"{kind.value}-{key}"
+
     def find(self, kind: keys.Kind, key: str) -> Published | None:
         """Return a published folder, or None when it is absent or incomplete."""
         path = self.path_of(kind, key)
@@ -102,10 +106,11 @@ class Cache:
         A second builder of the same key waits here, and finds the key published
         when its turn comes.
         """
-        locks, path = self.root / "locks", self.root / "tmp" / f"{kind.value}-{key}"
-        locks.mkdir(parents=True, exist_ok=True)
-        with (locks / f"{kind.value}-{key}").open("w") as lock:
+        file, path = self.lock_path(kind, key), self.root / "tmp" / f"{kind.value}-{key}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            self._finish(path, kind, key)
             path.mkdir(parents=True, exist_ok=True)
             yield path
             shutil.rmtree(path, ignore_errors=True)
@@ -119,32 +124,47 @@ class Cache:
         references: Sequence[Reference] = (),
         provenance: Mapping[str, Any] | None = None,
         scratch: Sequence[str] = (),
+        digests: Mapping[str, str] | None = None,
     ) -> Published:
-        """Make a workspace durable and move it to the key of its inputs, but for scratch files."""
+        """Make a workspace durable and move it to the key of its inputs, but for scratch files.
+
+        Files whose SHA-256 is in `digests`, by path, are not read again.
+        """
         manifest = Manifest(
             kind=kind,
             inputs=inputs,
             references=references,
             files=[
-                describe_file(path, workspace)
+                describe_file(path, workspace, digests or {})
                 for path in _files_below(workspace)
                 if path.name not in {MANIFEST, MARKER, *scratch}
             ],
             provenance={"publishedAt": _now(), **(provenance or {})},
         )
-        content = keys.canonical_json(manifest.to_json())
-        _write_durably(workspace / MANIFEST, content)
+        _make_durable(workspace)
+        # From here on the manifest says that everything else is there.
+        _write_durably(workspace / MANIFEST, keys.canonical_json(manifest.to_json()))
+        return self._move(workspace, kind, keys.key_of(kind, inputs))
+
+    def _move(self, workspace: Path, kind: keys.Kind, key: str) -> Published:
+        """Give a workspace with a manifest its place and its marker."""
+        manifest = _parse_manifest((workspace / MANIFEST).read_bytes())
+        listed = {MANIFEST, *(file["path"] for file in manifest.files)}
         for path in _files_below(workspace):
-            _fsync(path)
-        for folder in [*(path for path in workspace.rglob("*") if path.is_dir()), workspace]:
-            _fsync(folder)
-        for name in scratch:
-            (workspace / name).unlink(missing_ok=True)
-        target = self.path_of(kind, keys.key_of(kind, inputs))
+            if path.relative_to(workspace).as_posix() not in listed:
+                path.unlink()
+        target = self.path_of(kind, key)
         _replace_folder(workspace, target)
-        _write_durably(target / MARKER, hashlib.sha256(content).hexdigest().encode())
-        _fsync(target)
+        _mark(target)
         return Published(target, manifest)
+
+    def _finish(self, workspace: Path, kind: keys.Kind, key: str) -> None:
+        """End what a builder had begun to publish when it was killed."""
+        target = self.path_of(kind, key)
+        if _is_ready(workspace, key):
+            self._move(workspace, kind, key)
+        elif not (target / MARKER).exists() and _is_ready(target, key):
+            _mark(target)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -159,19 +179,36 @@ def read_manifest(path: Path) -> Manifest:
         raise _incomplete(path, f"{e.strerror}: {e.filename}") from e
     if marker.strip() != hashlib.sha256(content).hexdigest():
         raise _incomplete(path, f"{MARKER} does not match {MANIFEST}")
+    manifest = _parse_manifest(content)
+    _check(path, manifest, key=path.name)
+    return manifest
+
+
+def _is_ready(folder: Path, key: str) -> bool:
+    """Whether a folder has everything but its marker."""
+    try:
+        _check(folder, _parse_manifest((folder / MANIFEST).read_bytes()), key=key)
+    except (OSError, ValueError, errors.StageError):
+        return False
+    return True
+
+
+def _check(path: Path, manifest: Manifest, *, key: str) -> None:
+    if key != keys.key_of(manifest.kind, manifest.inputs):
+        raise _incomplete(path, "its name is not the key of its inputs")
+    for file in manifest.files:
+        _check_size(path, file)
+
+
+def _parse_manifest(content: bytes) -> Manifest:
     raw = json.loads(content)
-    manifest = Manifest(
+    return Manifest(
         kind=keys.Kind(raw["kind"]),
         inputs=raw["inputs"],
         references=[Reference(**reference) for reference in raw["references"]],
         files=raw["files"],
         provenance=raw["provenance"],
     )
-    if path.name != keys.key_of(manifest.kind, manifest.inputs):
-        raise _incomplete(path, "its name is not the key of its inputs")
-    for file in manifest.files:
-        _check_size(path, file)
-    return manifest
 
 
 def clear(folder: Path) -> None:
@@ -180,12 +217,13 @@ def clear(folder: Path) -> None:
         leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
 
 
-def describe_file(path: Path, root: Path) -> dict[str, Any]:
+def describe_file(path: Path, root: Path, digests: Mapping[str, str]) -> dict[str, Any]:
     """Return path, size and SHA-256 of one file."""
+    name = path.relative_to(root).as_posix()
     return {
-        "path": path.relative_to(root).as_posix(),
+        "path": name,
         "size": path.stat().st_size,
-        "sha256": sha256_of(path),
+        "sha256": digests.get(name) or sha256_of(path),
     }
 
 
@@ -239,17 +277,33 @@ def _replace_folder(source: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     source.rename(target)
-    _fsync(target.parent)
+    fsync(target.parent)
+
+
+def _make_durable(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        fsync(path)
+
+
+def _mark(target: Path) -> None:
+    """Say that a folder is complete."""
+    digest = hashlib.sha256((target / MANIFEST).read_bytes()).hexdigest()
+    _write_durably(target / MARKER, digest.encode())
 
 
 def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
+    """Write a file whole, or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    partial.rename(path)
+    fsync(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -99,7 +99,7 @@ def test_a_workspace_survives_a_failure(tmp_path):
         assert (workspace / "half").read_text() == "done so far"
 
 
-def test_a_publish_that_was_interrupted_is_repeated(tmp_path):
+def test_a_damaged_manifest_of_a_killed_try_does_not_count(tmp_path):
     store = cache.Cache(tmp_path)
     key = keys.key_of(keys.Kind.CHECKPOINTS, INPUTS)
     left_over = tmp_path / "tmp" / f"checkpoints-{key}" / cache.MANIFEST
@@ -109,6 +109,31 @@ def test_a_publish_that_was_interrupted_is_repeated(tmp_path):
     publish(tmp_path)
 
     assert store.get(keys.Kind.CHECKPOINTS, key)
+
+
+@pytest.mark.parametrize("killed_in", ["_replace_folder", "_mark"])
+def test_what_lacked_only_its_place_or_marker_is_published_as_it_is(
+    tmp_path, monkeypatch, killed_in
+):
+    store = cache.Cache(tmp_path)
+    key = keys.key_of(keys.Kind.CHECKPOINTS, INPUTS)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, killed_in, die)
+        with pytest.raises(KeyboardInterrupt):
+            publish(tmp_path)
+    assert store.find(keys.Kind.CHECKPOINTS, key) is None
+
+    with store.workspace(keys.Kind.CHECKPOINTS, key) as workspace:
+        found = store.find(keys.Kind.CHECKPOINTS, key)
+        assert not list(workspace.iterdir())
+
+    assert found
+    assert (found.path / "rank0.safetensors").read_bytes() == b"data"
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_a_full_disk_gets_its_reason_and_the_numbers(tmp_path):
