@@ -29,9 +29,7 @@ weights=$(runtime resolve --source "$source" | told weights)
 runtime fetch --source "$source" --weights "$weights" > /dev/null
 checkpoint=$(runtime convert --weights "$weights" | told checkpoint)
 timed "converted"
-torch=$("$PYTHON" -c "import torch; print(torch.__version__.partition('+')[0])")
-engine=$(runtime build --checkpoint "$checkpoint" --architecture "cpu-$(uname -m)" \
-  --versions "{\"torch\": \"$torch\"}" --flags "{\"maxBatchSize\": 32, \"maxTilesPerImage\": 12,
+engine=$(runtime build --checkpoint "$checkpoint" --flags "{\"maxBatchSize\": 32, \"maxTilesPerImage\": 12,
   \"maxSequenceTokens\": $MAX_SEQUENCE_TOKENS, \"maxInputTokens\": $((MAX_SEQUENCE_TOKENS - 1)),
   \"maxBatchedTokens\": $MAX_BATCHED_TOKENS, \"maxTilesPerRequest\": 13}" | told engine)
 ln -sfn "$work/cache/engines/$engine" "$work/engine"

@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engine", type=Path)
     opened = folder.open_engine(parser.parse_args().engine)
-    engine = worker.load(opened, opened.load_tokenizer(), options=loading.Options(device="cuda"))
+    engine = worker.load(opened, opened.load_tokenizer(), options=loading.Options())
     for number in range(SEQUENCES):
         engine.submit(*_request(number, opened.model.language.vocab_size))
     _step(engine, 4)

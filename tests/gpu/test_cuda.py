@@ -115,7 +115,8 @@ def load(monkeypatch):
             Path("/nowhere"),
             model,
             dataclasses.replace(limits, max_batch_size=1) if plain else limits,
-            options=loading.Options(device=device, **options),
+            device=device,
+            options=loading.Options(**options),
         )
         monkeypatch.undo()
         return engine

@@ -1,18 +1,22 @@
 """Builds an engine: packs what serving needs, answers with it, and publishes it."""
 
 import dataclasses
-import importlib.util
+import gc
 import json
+import logging
 import shutil
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from internvl_runtime import errors
-from internvl_runtime.artifacts import progress
+from internvl_runtime.artifacts import progress, source
 from internvl_runtime.engine import device, folder, interface
 from internvl_runtime.model import config, tokenizer
 from internvl_runtime.store import cache as caches
 from internvl_runtime.store import keys
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,68 +49,139 @@ def build(spec: EngineSpec, *, cache: caches.Cache, stage: progress.Progress) ->
         published = cache.find(keys.Kind.ENGINES, key)
         if published:
             return published
-        caches.clear(workspace)
         started = time.monotonic()
         checkpoint = cache.get(keys.Kind.CHECKPOINTS, spec.checkpoint)
+        _check_ranks(checkpoint)
         with caches.naming_a_full_disk(cache.root):
             shutil.copytree(
                 checkpoint.path / folder.MODEL_FOLDER,
                 workspace / folder.MODEL_FOLDER,
                 dirs_exist_ok=True,
             )
-            recorded = _verify(spec, checkpoint, stage)
-            text = json.dumps(recorded, indent=2) + "\n"
-            (workspace / folder.VERIFICATION).write_text(text, encoding="utf-8")
+            modules = _pack_kernels(spec, checkpoint, workspace, stage)
+            verified = _verify(spec, checkpoint, cache, workspace, stage)
             return cache.publish(
                 workspace,
                 kind=keys.Kind.ENGINES,
                 inputs=inputs,
                 references=[caches.Reference(keys.Kind.CHECKPOINTS.value, spec.checkpoint)],
-                provenance={"buildSeconds": round(time.monotonic() - started, 1)},
+                provenance={
+                    "buildSeconds": round(time.monotonic() - started, 1),
+                    "machine": device.describe_machine(),
+                    "kernels": modules,
+                    "verification": verified,
+                },
             )
 
 
 def check_environment(spec: EngineSpec) -> None:
     """Compare the wanted backend, architecture and versions with this image and machine."""
-    if spec.backend != "PyTorch" or not spec.architecture.startswith("cpu-"):
+    if spec.backend != "PyTorch":
         raise errors.StageError(
             errors.Reason.INVALID_SPEC,
-            f"backend {spec.backend} for {spec.architecture} is not offered by this version",
-            remedy="set spec.engine.backend to PyTorch and spec.engine.device to CPU",
+            f"backend {spec.backend} is not offered by this version",
+            remedy="set spec.engine.backend to PyTorch",
         )
-    if importlib.util.find_spec("torch") is None:
+    here = device.architecture_like(spec.architecture)
+    if here != spec.architecture:
+        raise errors.StageError(
+            errors.Reason.UNSUPPORTED_GPU,
+            f"the engine is wanted for {spec.architecture}, this machine has {here}",
+            remedy="build on a node with the GPU that serves: set spec.gpu.product to its kind",
+        )
+    versions = device.versions(spec.backend, spec.architecture)
+    if versions != spec.versions:
         raise errors.StageError(
             errors.Reason.INCOMPATIBLE_VERSIONS,
-            "this image has no torch",
+            f"the engine is wanted for {dict(spec.versions)}, this builder has {versions}",
             remedy="use the runtime image that belongs to the operator's release",
         )
-    here = {"architecture": device.cpu_architecture(), **device.versions(spec.backend)}
-    wanted = {"architecture": spec.architecture, **spec.versions}
-    if here != wanted:
+
+
+def _check_ranks(checkpoint: caches.Published) -> None:
+    ranks = checkpoint.manifest.inputs["tensorParallelSize"]
+    if ranks != 1:
         raise errors.StageError(
-            errors.Reason.INCOMPATIBLE_VERSIONS,
-            f"the engine is wanted for {wanted}, this builder has {here}",
-            remedy="use the runtime image that belongs to the operator's release",
+            errors.Reason.INVALID_SPEC,
+            f"the checkpoint is for {ranks} ranks; this version serves one",
+            remedy="set spec.engine.tensorParallelSize to 1",
         )
+
+
+def _pack_kernels(
+    spec: EngineSpec, checkpoint: caches.Published, workspace: Path, stage: progress.Progress
+) -> list[str]:
+    """Compile what can be compiled ahead: nothing on a CPU."""
+    if device.torch_device(spec.architecture) == "cpu":
+        return []
+    from internvl_runtime.artifacts import kernels
+
+    scratch = workspace.with_name(f"{workspace.name}-compiled")
+    model = config.read_model_config(checkpoint.path / folder.MODEL_FOLDER)
+    modules = kernels.pack(
+        model.language,
+        dtype=checkpoint.manifest.inputs["dtype"],
+        ranks=checkpoint.manifest.inputs["tensorParallelSize"],
+        output=workspace / folder.KERNELS_FOLDER,
+        scratch=scratch,
+        report=stage.step("kernels", unit="objects"),
+    )
+    shutil.rmtree(scratch, ignore_errors=True)
+    return modules
 
 
 def _verify(
-    spec: EngineSpec, checkpoint: caches.Published, stage: progress.Progress
-) -> list[dict[str, object]]:
+    spec: EngineSpec,
+    checkpoint: caches.Published,
+    cache: caches.Cache,
+    workspace: Path,
+    stage: progress.Progress,
+) -> dict[str, object]:
+    """Answer, compare with the published weights, record; return what the manifest tells of it."""
+    from internvl_runtime.artifacts import verify
     from internvl_runtime.engine import verification
     from internvl_runtime.engine.pytorch import loading
 
-    report = stage.step("verify", unit="prompts")
+    place = device.torch_device(spec.architecture)
+    kernels = workspace / folder.KERNELS_FOLDER
     model_folder = checkpoint.path / folder.MODEL_FOLDER
     model = config.read_model_config(model_folder)
     tokens = tokenizer.load_tokenizer(model_folder, model)
+    report = stage.step("answer", unit="prompts")
     report(0, 1)
     loaded = loading.load_engine(
         checkpoint.path,
         model,
         dataclasses.replace(spec.limits, max_batch_size=1),
-        options=loading.Options(device=device.default_device()),
+        options=loading.Options(),
+        device=place,
+        kernels=kernels if kernels.is_dir() else None,
     )
-    recorded = verification.record(loaded, model, tokens)
+    started = time.monotonic()
+    answers = verification.answer(loaded, model, tokens)
+    told = {"answerSeconds": round(time.monotonic() - started, 3), **device.memory_in_use(place)}
     report(1, 1)
-    return [dataclasses.asdict(entry) for entry in recorded]
+    del loaded
+    gc.collect()
+    recorded = [dataclasses.asdict(each.record()) for each in answers]
+    text = json.dumps(recorded, indent=2) + "\n"
+    (workspace / folder.VERIFICATION).write_text(text, encoding="utf-8")
+    weights = _weights_folder(checkpoint, cache)
+    if weights is None:
+        logger.warning("the published weights are not at hand: the answers are not compared")
+        return {**told, "compared": None}
+    compared = verify.compare(
+        answers,
+        weights,
+        model,
+        dtype=checkpoint.manifest.inputs["dtype"],
+        device=place,
+        report=stage.step("compare", unit="layers"),
+    )
+    return {**told, "compared": [dataclasses.asdict(each) for each in compared]}
+
+
+def _weights_folder(checkpoint: caches.Published, cache: caches.Cache) -> Path | None:
+    weights = cache.find(keys.Kind.WEIGHTS, checkpoint.manifest.inputs["weights"])
+    found = source.weights_folder(weights) if weights else None
+    return found if found and found.is_dir() else None

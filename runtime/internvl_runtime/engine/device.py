@@ -1,29 +1,104 @@
 """What the engine runs on: architecture and versions, as the keys name them."""
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import platform
+from typing import Any
 
 _MACHINES = {"x86_64": "x86_64", "aarch64": "arm64"}
-_PACKAGES = {"PyTorch": ("torch",)}
+_CPU_PREFIX = "cpu-"
+_PACKAGES = {
+    ("PyTorch", "cpu"): {"torch": "torch"},
+    ("PyTorch", "cuda"): {"torch": "torch", "flashinfer": "flashinfer-python"},
+}
+"""By backend and device: the names that keys use, and those of the distributions."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """The GPUs of this machine, which are all of one kind."""
+
+    product: str
+    architecture: str
+    """`sm_90` for compute capability 9.0."""
+    memory: int
+    """Bytes of one."""
+    driver: str
+    count: int
+
+
+def read_gpu() -> Gpu | None:
+    """Ask the driver, without torch and without a CUDA context; None where there is no GPU."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    with contextlib.ExitStack() as stack:
+        stack.callback(pynvml.nvmlShutdown)
+        count = pynvml.nvmlDeviceGetCount()
+        if not count:
+            return None
+        first = pynvml.nvmlDeviceGetHandleByIndex(0)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(first)
+        return Gpu(
+            product=pynvml.nvmlDeviceGetName(first),
+            architecture=f"sm_{major}{minor}",
+            memory=pynvml.nvmlDeviceGetMemoryInfo(first).total,
+            driver=pynvml.nvmlSystemGetDriverVersion(),
+            count=count,
+        )
+
+
+def gpu_count() -> int:
+    """Return how many GPUs this machine has, at least one where engines are built for them."""
+    gpu = read_gpu()
+    return gpu.count if gpu else 1
 
 
 def cpu_architecture() -> str:
     """Return `cpu-x86_64` or `cpu-arm64`."""
     machine = platform.machine()
-    return f"cpu-{_MACHINES.get(machine, machine)}"
+    return f"{_CPU_PREFIX}{_MACHINES.get(machine, machine)}"
 
 
-def versions(backend: str) -> dict[str, str]:
-    """Return the versions of the packages that an engine of this backend depends on."""
-    return {package: _public_version(package) for package in _PACKAGES[backend]}
+def architecture() -> str:
+    """Return the architecture of the GPU where there is one, else of the CPU."""
+    gpu = read_gpu()
+    return gpu.architecture if gpu else cpu_architecture()
 
 
-def _public_version(package: str) -> str:
-    return importlib.metadata.version(package).partition("+")[0]
+def architecture_like(wanted: str) -> str:
+    """Return what this machine has of the kind of `wanted`: every machine has a CPU."""
+    return cpu_architecture() if torch_device(wanted) == "cpu" else architecture()
 
 
-def default_device() -> str:
-    """Return `cuda` where there is a GPU, else `cpu`."""
+def torch_device(architecture: str) -> str:
+    """Return `cpu` or `cuda`."""
+    return "cpu" if architecture.startswith(_CPU_PREFIX) else "cuda"
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what is worth knowing of where an engine was built."""
+    gpu = read_gpu()
+    return dataclasses.asdict(gpu) if gpu else {"architecture": cpu_architecture()}
+
+
+def memory_in_use(device: str) -> dict[str, int]:
+    """Return the most bytes that torch has held on a GPU; nothing is told of a CPU."""
+    if device == "cpu":
+        return {}
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return {"peakGpuBytes": torch.cuda.max_memory_allocated()}
+
+
+def versions(backend: str, architecture: str) -> dict[str, str]:
+    """Return the versions of the packages that an engine depends on; without what lacks."""
+    found = {}
+    for name, distribution in _PACKAGES[backend, torch_device(architecture)].items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(distribution).partition("+")[0]
+    return found

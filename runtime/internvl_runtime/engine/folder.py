@@ -14,6 +14,8 @@ from internvl_runtime.store import keys
 
 MODEL_FOLDER = "model"
 VERIFICATION = "verification.json"
+KERNELS_FOLDER = "kernels"
+"""Compiled modules of an engine for GPUs."""
 
 
 def limits_of(flags: Mapping[str, int]) -> interface.EngineLimits:
@@ -47,9 +49,16 @@ class EngineFolder:
     path: Path
     checkpoint: Path
     backend: str
+    architecture: str
     dtype: str
     limits: interface.EngineLimits
     model: config.ModelConfig
+
+    @property
+    def kernels(self) -> Path | None:
+        """Return where the engine's compiled modules are, None where it has none."""
+        folder = self.path / KERNELS_FOLDER
+        return folder if folder.is_dir() else None
 
     def load_tokenizer(self) -> tokenizer.Tokenizer:
         """Load the engine's tokenizer."""
@@ -80,6 +89,7 @@ def open_engine(path: Path) -> EngineFolder:
         path=path,
         checkpoint=checkpoint.path,
         backend=inputs["backend"],
+        architecture=inputs["architecture"],
         dtype=checkpoint.manifest.inputs["dtype"],
         limits=limits_of(inputs["build"]),
         model=config.read_model_config(path / MODEL_FOLDER),
@@ -88,8 +98,8 @@ def open_engine(path: Path) -> EngineFolder:
 
 def _check_device(inputs: Any) -> None:
     here = {
-        "architecture": device.cpu_architecture(),
-        "versions": device.versions(inputs["backend"]),
+        "architecture": device.architecture_like(inputs["architecture"]),
+        "versions": device.versions(inputs["backend"], inputs["architecture"]),
         "engineFormat": keys.ENGINE_FORMAT,
     }
     for field, found in here.items():

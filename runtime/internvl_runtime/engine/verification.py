@@ -15,10 +15,32 @@ from internvl_runtime.model import config, conversation, prompt, tokenizer
 from internvl_runtime.vision import grid
 
 _TOKENS = 8
+_TOP = 20
+"""Log-probabilities of each token that are compared with the published weights' own."""
 _QUESTION = "Describe the picture."
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 """Top-2 margins below which another machine may choose the other token: a few
 units in the last place of logits of magnitude 10 in each dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """One greedy answer, and what the engine thought at each of its tokens."""
+
+    request: core.Submitted
+    token_ids: list[int]
+    told: list[interface.TokenLogProbabilities]
+    """For each token."""
+
+    @property
+    def name(self) -> str:
+        """Of the prompt."""
+        return self.request.request_id
+
+    def record(self) -> "Recorded":
+        """Return what a server compares its own answer with."""
+        margins = [round(each.top[0][1] - each.top[1][1], 6) for each in self.told]
+        return Recorded(name=self.name, token_ids=self.token_ids, margins=margins)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,12 +62,13 @@ def _draw() -> npt.NDArray[np.uint8]:
     return np.stack([left, right, thumbnail]).astype(np.uint8)
 
 
-_DRAWN = {"verification": _draw()}
+DRAWN = {"verification": _draw()}
+"""The picture's tiles [3, 448, 448, 3] by its content hash."""
 
 
-def record(
+def answer(
     engine: core.Engine, model: config.ModelConfig, tokens: tokenizer.Tokenizer
-) -> list[Recorded]:
+) -> list[Answered]:
     """Answer an image prompt and a text prompt, greedily.
 
     Raises StageError when a logit is not finite.
@@ -65,7 +88,7 @@ def check(
 
     A step whose recorded margin is below the dtype's tolerance ends the comparison.
     """
-    for now, raw in zip(record(engine, model, tokens), recorded, strict=True):
+    for now, raw in zip(answer(engine, model, tokens), recorded, strict=True):
         before = Recorded(**raw)
         for step, (a, b) in enumerate(zip(now.token_ids, before.token_ids, strict=True)):
             if before.margins[step] < _TOLERANCES[dtype]:
@@ -79,8 +102,8 @@ def check(
                 )
 
 
-def _answer(engine: core.Engine, request: core.Submitted) -> Recorded:
-    steps = list(engine.answer(request, _DRAWN))
+def _answer(engine: core.Engine, request: core.Submitted) -> Answered:
+    steps = list(engine.answer(request, DRAWN))
     told = [step.log_probabilities[0] for step in steps]
     if not all(math.isfinite(each.chosen) for each in told):
         raise errors.StageError(
@@ -88,21 +111,18 @@ def _answer(engine: core.Engine, request: core.Submitted) -> Recorded:
             f"the {request.request_id} prompt gives logits that are not finite",
             remedy="use another engine.dtype, and check that the weights are whole",
         )
-    return Recorded(
-        name=request.request_id,
-        token_ids=[token_id for step in steps for token_id in step.token_ids],
-        margins=[round(each.top[0][1] - each.top[1][1], 6) for each in told],
-    )
+    return Answered(request, [token_id for step in steps for token_id in step.token_ids], told)
 
 
 def _requests(model: config.ModelConfig, tokens: tokenizer.Tokenizer) -> Iterator[core.Submitted]:
     for name, parts in (("image", (conversation.Image(0), _QUESTION)), ("text", (_QUESTION,))):
         turns = conversation.place_images([conversation.Turn(conversation.Role.USER, parts)])
         segments = conversation.render(turns, system_message=model.system_message)
+        sampling = interface.Sampling(max_tokens=_TOKENS, temperature=0.0, log_probabilities=_TOP)
         yield core.Submitted(
             request_id=name,
             prompt=prompt.expand(segments, tiles=[grid.Grid(2, 1).tiles], tokens=tokens),
-            content_hashes=list(_DRAWN),
-            sampling=interface.Sampling(max_tokens=_TOKENS, temperature=0.0, log_probabilities=2),
+            content_hashes=list(DRAWN),
+            sampling=sampling,
             stop_token_ids=frozenset(),
         )

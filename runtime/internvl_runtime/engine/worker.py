@@ -158,6 +158,8 @@ def load(
         opened.model,
         opened.limits,
         options=options,
+        device=device.torch_device(opened.architecture),
+        kernels=opened.kernels,
         load_picture=load_picture,
     )
     verification.check(
@@ -312,7 +314,6 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     options = loading.Options(
-        device=device.default_device(),
         kv_cache_bytes=arguments.kv_cache_bytes,
         picture_cache_bytes=arguments.picture_cache_bytes,
     )

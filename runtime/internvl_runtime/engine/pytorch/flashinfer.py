@@ -1,11 +1,12 @@
 """Attention by FlashInfer's paged kernels, on NVIDIA GPUs.
 
-Its kernels are compiled when they are first planned, with nvcc, unless the
-package `flashinfer_jit_cache` brings them along.
+A build compiles its kernels (`list_modules`), serving loads them (`use_packed`).
 """
 
 import itertools
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,35 @@ def _int32(numbers: Sequence[int]) -> torch.Tensor:
 
 def _starts(lengths: Sequence[int]) -> torch.Tensor:
     return _int32(list(itertools.accumulate(lengths, initial=0)))
+
+
+def list_modules(share: tensor_parallel.Share, *, dtype: torch.dtype) -> list[Any]:
+    """Return FlashInfer's description of each module that `FlashInferAttention` loads."""
+    if not fits(share, dtype=dtype):
+        return []
+    from flashinfer import utils
+    from flashinfer.jit import attention as modules
+
+    positions = utils.PosEncodingMode["NONE"].value
+    mixed = utils.determine_attention_backend(
+        torch.device("cuda"), positions, False, False, dtype, dtype
+    )
+    # Products of one token a sequence are those of FA2 on every GPU.
+    return [
+        modules.gen_batch_prefill_module(
+            backend, dtype, dtype, dtype, torch.int32, share.head_size, share.head_size, positions,
+            False, False, False,
+        )
+        for backend in dict.fromkeys([mixed, "fa2"])
+    ]  # fmt: skip
+
+
+def use_packed(folder: Path) -> None:
+    """Load compiled modules, `<name>/<name>.so`, from a folder from now on, and compile none."""
+    from flashinfer.jit import env
+
+    os.environ["FLASHINFER_DISABLE_JIT"] = "1"
+    env.FLASHINFER_AOT_DIR = folder
 
 
 def fits(share: tensor_parallel.Share, *, dtype: torch.dtype) -> bool:

@@ -47,7 +47,6 @@ _SAMPLED = sampler.Row(
 class Options:
     """What the settings say about an engine in a process."""
 
-    device: str = "cpu"
     kv_cache_bytes: int = 0
     """Most bytes of the key/value cache; 0: 4 GiB on a CPU, what is free on a GPU."""
     lag: int | None = None
@@ -63,10 +62,17 @@ def load_engine(
     limits: interface.EngineLimits,
     *,
     options: Options,
+    device: str = "cpu",
+    kernels: Path | None = None,
     load_picture: core.LoadPicture | None = None,
 ) -> core.Engine:
-    """Load a checkpoint. Raises StageError when the memory is too small for one request."""
-    place = torch.device(options.device)
+    """Load a checkpoint, with the compiled modules in the folder `kernels`.
+
+    Raises StageError when the memory is too small for one request.
+    """
+    if kernels:
+        flashinfer.use_packed(kernels)
+    place = torch.device(device)
     tower = vision.VisionTower(
         model.vision, weights.load_weights(checkpoint / "vision.safetensors", place)
     )

@@ -1,0 +1,105 @@
+"""Holds an engine's answers against the published weights' own, before it is published."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from internvl_runtime import errors
+from internvl_runtime.artifacts import progress, reference
+from internvl_runtime.engine import verification
+from internvl_runtime.model import config
+
+_FACTOR = 4.0
+"""How much further than the reference's own rounding an engine may be: it sums in another order."""
+_LEAST_DEVIATION = 2e-3
+"""Natural logarithms that float32 itself may differ by."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One prompt's log-probabilities: differences from the published weights in float32."""
+
+    name: str
+    deviation: float
+    """Largest of the engine's."""
+    rounding: float
+    """Largest of the reference's own in the engine's dtype."""
+
+    @property
+    def allowed(self) -> float:
+        """Return what the engine may deviate by."""
+        return _FACTOR * self.rounding + _LEAST_DEVIATION
+
+
+def compare(
+    answers: Sequence[verification.Answered],
+    folder: Path,
+    model: config.ModelConfig,
+    *,
+    dtype: str,
+    device: str,
+    report: progress.Report,
+) -> list[Comparison]:
+    """Compare answers with a forward pass over the published files in `folder`.
+
+    Raises StageError (VerificationFailed) where rounding does not explain a difference.
+    """
+    dtypes = list(dict.fromkeys([torch.float32, getattr(torch, dtype)]))
+    found = reference.compute_logits(
+        folder,
+        model,
+        [_asked(answered) for answered in answers],
+        dtypes=dtypes,
+        device=torch.device(device),
+        report=report,
+    )
+    compared = [
+        _compare(answered, lanes[0], lanes[-1])
+        for answered, lanes in zip(answers, found, strict=True)
+    ]
+    for each in compared:
+        if not each.deviation <= each.allowed:
+            raise errors.StageError(
+                errors.Reason.VERIFICATION_FAILED,
+                f"the {each.name} prompt's log-probabilities are up to {each.deviation:.3g} from "
+                f"those of the published weights; rounding to {dtype} explains "
+                f"{each.allowed:.3g}",
+                remedy="remove the checkpoint from the cache (internvl-runtime cache) and convert "
+                "again; if it stays so, the builder's GPU or libraries compute wrong results",
+            )
+    return compared
+
+
+def _compare(
+    answered: verification.Answered, exact: torch.Tensor, rounded: torch.Tensor
+) -> Comparison:
+    exact, rounded = exact.log_softmax(-1), rounded.log_softmax(-1)
+    deviation = rounding = 0.0
+    for step, told in enumerate(answered.told):
+        token_ids, values = zip(*told.top, strict=True)
+        own = exact[step, list(token_ids)]
+        differences = torch.tensor(values) - own
+        # A token that the reference thinks likely must be among those that the engine names.
+        missed = exact[step].max() - own.max()
+        deviation = max(deviation, float(differences.abs().max()), float(missed))
+        rounding = max(rounding, float((rounded[step, list(token_ids)] - own).abs().max()))
+    return Comparison(answered.name, round(deviation, 6), round(rounding, 6))
+
+
+def _asked(answered: verification.Answered) -> reference.Asked:
+    prompt = answered.request.prompt
+    places = [
+        position
+        for each in prompt.placements
+        for position in range(each.offset, each.offset + each.length)
+    ]
+    (drawn,) = verification.DRAWN.values()
+    return reference.Asked(
+        token_ids=[*prompt.token_ids, *answered.token_ids[:-1]],
+        picture_tokens=places,
+        tiles=drawn if places else np.empty((0, *drawn.shape[1:]), np.uint8),
+        last=len(answered.token_ids),
+    )
