@@ -1,0 +1,60 @@
+"""Both engines of TensorRT and TensorRT-LLM in one self-contained folder."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from internvl_runtime.artifacts import journal, language_engine, progress, vision_engine
+from internvl_runtime.engine import device, interface
+from internvl_runtime.model import config
+
+LANGUAGE_FOLDER = "language"
+JOURNAL = "built-engines"
+"""In the workspace, until it is published."""
+_VISION, _LANGUAGE = "vision", "language"
+
+
+def build(
+    checkpoint: Path,
+    model: config.ModelConfig,
+    workspace: Path,
+    limits: interface.EngineLimits,
+    *,
+    dtype: str,
+    ranks: int,
+    timings: Path,
+    stage: progress.Progress,
+) -> dict[str, Any]:
+    """Build what the workspace has not yet; return what the manifest tells of it.
+
+    `timings` is a folder of measurements that later builds on this GPU use.
+    """
+    timings.mkdir(parents=True, exist_ok=True)
+    built = journal.Journal(workspace / JOURNAL)
+    profile = vision_engine.Profile.of(limits)
+    if _VISION not in built.done:
+        vision_engine.build(
+            checkpoint,
+            model,
+            workspace / vision_engine.ENGINE_FILE,
+            profile=profile,
+            timing_cache=timings / "vision",
+            report=stage.step("vision", unit="steps"),
+        )
+        built.add(_VISION)
+    output = workspace / LANGUAGE_FOLDER
+    arguments = language_engine.command(
+        checkpoint,
+        output,
+        limits,
+        dtype=dtype,
+        workers=min(ranks, device.gpu_count()),
+        timing_cache=timings / "language",
+    )
+    if _LANGUAGE not in built.done:
+        shutil.rmtree(output, ignore_errors=True)
+        language_engine.build(
+            arguments, ranks=ranks, output=output, report=stage.step("language", unit="ranks")
+        )
+        built.add(_LANGUAGE)
+    return {"visionProfile": profile.shapes(), "trtllmBuild": arguments[1:]}

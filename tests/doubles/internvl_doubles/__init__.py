@@ -1,0 +1,1 @@
+"""Fakes of what can not be installed here: strict, and for tests alone."""
