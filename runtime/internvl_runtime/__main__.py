@@ -90,6 +90,7 @@ def _convert(arguments: argparse.Namespace, config_: settings.Settings) -> dict[
     published = convert.convert(
         weights=arguments.weights,
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         tensor_parallel_size=arguments.tensor_parallel_size,
         cache=_cache(arguments, config_),
         stage=progress.Progress("convert"),
@@ -216,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (fetch, convert):
         command.add_argument("--weights", required=True, metavar="KEY")
     convert.add_argument("--dtype", default="bfloat16")
+    convert.add_argument("--quantization", default="None", help="None or FP8")
     convert.add_argument("--tensor-parallel-size", type=int, default=1)
     build.add_argument("--checkpoint", required=True, metavar="KEY")
     build.add_argument("--backend", default="PyTorch")

@@ -112,7 +112,10 @@ class Marks:
         self.workspace = stages.workspace(keys.Kind.CHECKPOINTS)
         model = config.read_model_config(published)
         self.places = {
-            group.name: (files.files[0], safetensors_file.place(files.infos("F32"))[first].offset)
+            group.name: (
+                files.files[0],
+                safetensors_file.place(files.infos(layout.Encoding("F32")))[first].offset,
+            )
             for files in layout.layouts(model, RANKS)
             for group in files.groups
             for first in [group.tensors[0].name]

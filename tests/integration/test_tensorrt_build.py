@@ -60,7 +60,7 @@ def checkpoint(request, tmp_path):
     return folder
 
 
-def build(checkpoint, tmp_path):
+def build(checkpoint, tmp_path, quantization="None"):
     workspace = tmp_path / "workspace"
     workspace.mkdir(exist_ok=True)
     told = tensorrt_build.build(
@@ -69,6 +69,7 @@ def build(checkpoint, tmp_path):
         workspace,
         LIMITS,
         dtype="bfloat16",
+        quantization=quantization,
         ranks=RANKS,
         timings=tmp_path / "timings",
         stage=progress.Progress("build"),
@@ -152,3 +153,23 @@ def test_an_image_without_the_program_is_named(checkpoint, tmp_path, monkeypatch
     with pytest.raises(errors.StageError, match="no trtllm-build") as caught:
         build(checkpoint, tmp_path)
     assert caught.value.reason is errors.Reason.INCOMPATIBLE_VERSIONS
+
+
+def test_fp8_is_built_for_the_family_that_is_known_to_load_and_refused_for_the_other(
+    checkpoint, tmp_path
+):
+    model = config.read_model_config(checkpoint / "model")
+    folder = tmp_path / "fp8"
+    folder.mkdir()
+    convert.write_checkpoint(
+        tmp_path / "published", folder, dtype="bfloat16", quantization="FP8", ranks=RANKS,
+        report=lambda *_: None,
+    )  # fmt: skip
+
+    if model.language.family is config.Family.INTERNLM2:
+        workspace, _ = build(folder, tmp_path, quantization="FP8")
+        assert (workspace / "language/rank1.engine").exists()
+    else:
+        with pytest.raises(errors.StageError, match="no published source") as caught:
+            build(folder, tmp_path, quantization="FP8")
+        assert caught.value.reason is errors.Reason.INVALID_SPEC

@@ -54,18 +54,18 @@ def test_the_streamed_forward_pass_is_that_of_transformers(checkpoint):
         )
         expected.append(logits)
 
-    found = reference.compute_logits(
+    found = reference.compute(
         checkpoint,
         model,
         every,
-        dtypes=[torch.float32, torch.bfloat16],
+        lanes=[reference.EXACT, reference.Lane(torch.bfloat16)],
         device=torch.device("cpu"),
         report=lambda *_: None,
     )
 
     for (exact, rounded), logits in zip(found, expected, strict=True):
-        assert np.abs(exact.numpy() - logits).max() < 1e-3
-        assert 1e-3 < np.abs(rounded.numpy() - logits).max() < 0.5
+        assert np.abs(exact.logits.numpy() - logits).max() < 1e-3
+        assert 1e-3 < np.abs(rounded.logits.numpy() - logits).max() < 0.5
 
 
 FAMILIES = list(config.Family)
@@ -73,7 +73,10 @@ CI = [
     (shapes.TINY, FAMILIES[0], "bfloat16"),
     (shapes.TINY_6B_VISION, FAMILIES[1], "bfloat16"),
 ]
-EVERY = list(itertools.product((shapes.TINY, shapes.TINY_6B_VISION), FAMILIES, convert.DTYPES))
+"""Families, towers and dtypes of `make test`."""
+FP8 = "fp8-"
+ENCODINGS = [*convert.DTYPES, f"{FP8}bfloat16"]
+EVERY = list(itertools.product((shapes.TINY, shapes.TINY_6B_VISION), FAMILIES, ENCODINGS))
 LONG = [pytest.param(case, marks=pytest.mark.long) for case in EVERY if case not in CI]
 
 
@@ -90,7 +93,12 @@ def unbuilt(request, tmp_path):
     weights = stages.resolve(origin, cache=cache, stage=stage).weights
     stages.fetch(origin, weights=weights, cache=cache, stage=stage)
     converted = convert.convert(
-        weights=weights, dtype=dtype, tensor_parallel_size=1, cache=cache, stage=stage
+        weights=weights,
+        dtype=dtype.removeprefix(FP8),
+        quantization="FP8" if dtype.startswith(FP8) else "None",
+        tensor_parallel_size=1,
+        cache=cache,
+        stage=stage,
     )
     architecture = device.cpu_architecture()
     spec = build.EngineSpec(
@@ -166,6 +174,10 @@ def test_a_right_one_is_and_its_manifest_tells_the_differences(unbuilt):
     built = build.build(spec, cache=cache, stage=progress.Progress("build"))
 
     told = built.manifest.provenance["verification"]
-    assert [each["name"] for each in told["compared"]] == ["image", "text"]
+    assert [each["name"] for each in told["compared"]] == [
+        "features of the image prompt",
+        "log-probabilities of the image prompt",
+        "log-probabilities of the text prompt",
+    ]
     for each in told["compared"]:
         assert each["deviation"] < 4 * each["rounding"] + 2e-3

@@ -74,7 +74,7 @@ def test_in_bfloat16_the_graph_is_the_same_node_by_node(checkpoint, tmp_path):
 def test_the_graphs_of_the_published_towers_are_small_and_valid(name, tmp_path):
     model = shapes.PUBLISHED[name]
     _, tower = layout.layouts(model, 1)
-    stored = safetensors_file.place(tower.infos("BF16"))
+    stored = safetensors_file.place(tower.infos(layout.Encoding("BF16")))
 
     graph = vision_onnx.write_graph(model, stored)
 

@@ -51,7 +51,7 @@ def build(spec: EngineSpec, *, cache: caches.Cache, stage: progress.Progress) ->
             return published
         started = time.monotonic()
         checkpoint = cache.get(keys.Kind.CHECKPOINTS, spec.checkpoint)
-        _check_ranks(checkpoint)
+        _check_checkpoint(spec, checkpoint)
         with caches.naming_a_full_disk(cache.root):
             shutil.copytree(
                 checkpoint.path / folder.MODEL_FOLDER,
@@ -98,8 +98,15 @@ def check_environment(spec: EngineSpec) -> None:
         )
 
 
-def _check_ranks(checkpoint: caches.Published) -> None:
-    ranks = checkpoint.manifest.inputs["tensorParallelSize"]
+def _check_checkpoint(spec: EngineSpec, checkpoint: caches.Published) -> None:
+    inputs = checkpoint.manifest.inputs
+    if inputs["quantization"] == "FP8" and not device.has_fp8(spec.architecture):
+        raise errors.StageError(
+            errors.Reason.UNSUPPORTED_GPU,
+            f"{spec.architecture} has no FP8 products: they begin with compute capability 8.9",
+            remedy="set spec.engine.quantization to None, or use an Ada, Hopper or later GPU",
+        )
+    ranks = inputs["tensorParallelSize"]
     if ranks != 1:
         raise errors.StageError(
             errors.Reason.INVALID_SPEC,
@@ -138,7 +145,9 @@ def _verify(
     stage: progress.Progress,
 ) -> dict[str, object]:
     """Answer, compare with the published weights, record; return what the manifest tells of it."""
-    from internvl_runtime.artifacts import verify
+    import torch
+
+    from internvl_runtime.artifacts import reference, verify
     from internvl_runtime.engine import verification
     from internvl_runtime.engine.pytorch import loading
 
@@ -170,11 +179,12 @@ def _verify(
     if weights is None:
         logger.warning("the published weights are not at hand: the answers are not compared")
         return {**told, "compared": None}
+    encoding = checkpoint.manifest.inputs
     compared = verify.compare(
         answers,
         weights,
         model,
-        dtype=checkpoint.manifest.inputs["dtype"],
+        lane=reference.Lane(getattr(torch, encoding["dtype"]), encoding["quantization"] == "FP8"),
         device=place,
         report=stage.step("compare", unit="layers"),
     )

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from internvl_runtime.store import keys
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The offered dtypes and their names in safetensors files."""
+QUANTIZATIONS = {"None": None, "FP8": "FP8_PER_CHANNEL_PER_TOKEN"}
+"""The offered quantizations and TensorRT-LLM's names of them."""
 _NOT_COPIED = {"model.safetensors.index.json"}
 _JOURNAL = "converted-groups"
 """In the output, until it is published."""
@@ -31,19 +34,21 @@ def convert(
     *,
     weights: str,
     dtype: str,
+    quantization: str = "None",
     tensor_parallel_size: int,
     cache: caches.Cache,
     stage: progress.Progress,
 ) -> caches.Published:
     """Publish the checkpoint of some weights in a dtype, for a number of ranks.
 
-    Raises StageError for a dtype or tensor parallel size that is not offered.
+    Raises StageError for a dtype, quantization or tensor parallel size that is not offered.
     """
-    _check_dtype(dtype)
+    _check("dtype", dtype, DTYPES)
+    _check("quantization", quantization, QUANTIZATIONS)
     inputs = keys.checkpoint_inputs(
         weights=weights,
         dtype=dtype,
-        quantization="None",
+        quantization=quantization,
         tensor_parallel_size=tensor_parallel_size,
     )
     key = keys.key_of(keys.Kind.CHECKPOINTS, inputs)
@@ -57,6 +62,7 @@ def convert(
                 folder,
                 workspace,
                 dtype=dtype,
+                quantization=quantization,
                 ranks=tensor_parallel_size,
                 report=stage.step("convert", unit="bytes"),
             )
@@ -70,21 +76,29 @@ def convert(
 
 
 def write_checkpoint(
-    folder: Path, output: Path, *, dtype: str, ranks: int, report: progress.Report
+    folder: Path,
+    output: Path,
+    *,
+    dtype: str,
+    quantization: str = "None",
+    ranks: int,
+    report: progress.Report,
 ) -> None:
     """Convert the checkpoint in `folder`, or what is left of it where `output` holds a part."""
     model = config.read_model_config(folder)
     tokenizer.load_tokenizer(folder, model)
     layouts = layout.layouts(model, ranks)
     _copy_small_files(folder, output / "model")
-    settings = describe_checkpoint(model.language, dtype=dtype, ranks=ranks)
+    settings = describe_checkpoint(
+        model.language, dtype=dtype, quantization=quantization, ranks=ranks
+    )
     (output / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     converted = journal.Journal(output / _JOURNAL)
-    code = DTYPES[dtype]
-    counter = _Counter(report, sum(files.size(code) for files in layouts))
+    encoding = layout.Encoding(DTYPES[dtype], fp8=quantization == "FP8")
+    counter = _Counter(report, sum(files.size(encoding) for files in layouts))
     with tensor_stream.Reader(folder) as reader:
         for files in layouts:
-            _write_files(files, output, reader, converted, counter, dtype=code)
+            _write_files(files, output, reader, converted, counter, encoding)
 
 
 def _write_files(
@@ -93,15 +107,14 @@ def _write_files(
     reader: tensor_stream.Reader,
     converted: journal.Journal,
     counter: "_Counter",
-    *,
-    dtype: str,
+    encoding: layout.Encoding,
 ) -> None:
     def settle(group: layout.Group) -> None:
         writer.sync()
         converted.add(group.name)
 
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(tensor_stream.Writer(output, files, dtype))
+        writer = stack.enter_context(tensor_stream.Writer(output, files, encoding))
         background = stack.enter_context(futures.ThreadPoolExecutor(1))
         settled: futures.Future[None] | None = None
         for group in files.groups:
@@ -111,13 +124,13 @@ def _write_files(
                 if settled:
                     settled.result()
                 settled = background.submit(settle, group)
-            counter.add(dataclasses.replace(files, groups=(group,)).size(dtype))
+            counter.add(dataclasses.replace(files, groups=(group,)).size(encoding))
         if settled:
             settled.result()
 
 
 def describe_checkpoint(
-    language: config.LanguageConfig, *, dtype: str, ranks: int
+    language: config.LanguageConfig, *, dtype: str, quantization: str, ranks: int
 ) -> dict[str, Any]:
     """Return TensorRT-LLM's config.json.
 
@@ -158,7 +171,7 @@ def describe_checkpoint(
         "hidden_act": "silu",
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
-        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+        "quantization": {"quant_algo": QUANTIZATIONS[quantization], "kv_cache_quant_algo": None},
         "mapping": {"world_size": ranks, "tp_size": ranks, "pp_size": 1},
     }
 
@@ -180,10 +193,10 @@ def _copy_small_files(folder: Path, output: Path) -> None:
             shutil.copyfile(path, output / path.name)
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
+def _check(field: str, given: str, offered: Mapping[str, object]) -> None:
+    if given not in offered:
         raise errors.StageError(
             errors.Reason.INVALID_SPEC,
-            f"dtype {dtype} is not one of {', '.join(DTYPES)}",
-            remedy="change spec.engine.dtype",
+            f"{field} {given} is not one of {', '.join(offered)}",
+            remedy=f"change spec.engine.{field}",
         )

@@ -14,12 +14,23 @@ import numpy.typing as npt
 from internvl_runtime.artifacts import safetensors_file, tensors
 from internvl_runtime.model import config, tensor_parallel
 
+FP8 = "F8_E4M3"
 VISION_FILE = "vision.safetensors"
 _VISION_PREFIXES = ("vision_model.", "mlp1.")
 
 Array = npt.NDArray[Any]
 Cut = Callable[[Sequence[Array]], Iterable[Array]]
 """Makes the parts of all ranks, in their order, from published tensors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How values are stored."""
+
+    dtype: str
+    """Of safetensors: `F32`, `F16`, `BF16`."""
+    fp8: bool = False
+    """Whether the weights of the decoder's products are FP8 (E4M3), with a float32 scale a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +43,17 @@ class Tensor:
     sources: tuple[str, ...]
     """Names of published tensors."""
     cut: Cut
+    is_product: bool = False
+    """Whether it is the weight (out, in) of one of the decoder's products."""
 
-    def info(self, dtype: str) -> safetensors_file.TensorInfo:
-        """Return how one part is stored in a safetensors dtype."""
-        return safetensors_file.TensorInfo(self.name, dtype, self.shape)
+    def infos(self, encoding: Encoding) -> list[safetensors_file.TensorInfo]:
+        """Return how one part is stored: itself, and its rows' scales where it is quantized."""
+        if not (self.is_product and encoding.fp8):
+            return [safetensors_file.TensorInfo(self.name, encoding.dtype, self.shape)]
+        return [
+            safetensors_file.TensorInfo(self.name, FP8, self.shape),
+            safetensors_file.TensorInfo(scale_name(self.name), "F32", self.shape[:1]),
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +71,19 @@ class Layout:
     files: tuple[str, ...]
     groups: tuple[Group, ...]
 
-    def infos(self, dtype: str) -> list[safetensors_file.TensorInfo]:
+    def infos(self, encoding: Encoding) -> list[safetensors_file.TensorInfo]:
         """Return what each file holds, in its order."""
-        return [tensor.info(dtype) for group in self.groups for tensor in group.tensors]
+        tensors = (tensor for group in self.groups for tensor in group.tensors)
+        return [info for tensor in tensors for info in tensor.infos(encoding)]
 
-    def size(self, dtype: str) -> int:
+    def size(self, encoding: Encoding) -> int:
         """Return the bytes of all tensors of all files."""
-        return len(self.files) * sum(info.bytes for info in self.infos(dtype))
+        return len(self.files) * sum(info.bytes for info in self.infos(encoding))
+
+
+def scale_name(weight: str) -> str:
+    """Return TensorRT-LLM's name of the scales of a quantized weight."""
+    return weight.removesuffix("weight") + "per_channel_scale"
 
 
 def layouts(model: config.ModelConfig, ranks: int) -> tuple[Layout, Layout]:
@@ -124,12 +148,15 @@ def _layer_tensors(
     )
     cut_qkv = _heads(language, share)
     if is_qwen:
-        yield Tensor(f"{ours}.attention.qkv.weight", (rows, hidden), weight, cut_qkv)
+        yield Tensor(
+            f"{ours}.attention.qkv.weight", (rows, hidden), weight, cut_qkv, is_product=True
+        )
         yield Tensor(f"{ours}.attention.qkv.bias", (rows,), bias, cut_qkv)
     else:
         fused = f"{theirs}.attention.wqkv.weight"
+        cut_fused = _fused_heads(language, share)
         yield Tensor(
-            f"{ours}.attention.qkv.weight", (rows, hidden), (fused,), _fused_heads(language, share)
+            f"{ours}.attention.qkv.weight", (rows, hidden), (fused,), cut_fused, is_product=True
         )
     for name, shape, cut in (
         ("attention.dense", (hidden, mixed), _columns(share.ranks)),
@@ -139,7 +166,8 @@ def _layer_tensors(
         ("input_layernorm", (hidden,), _copies(share.ranks)),
         ("post_layernorm", (hidden,), _copies(share.ranks)),
     ):
-        yield Tensor(f"{ours}.{name}.weight", shape, (f"{theirs}.{names[name]}.weight",), cut)
+        published = f"{theirs}.{names[name]}.weight"
+        yield Tensor(f"{ours}.{name}.weight", shape, (published,), cut, is_product=len(shape) > 1)
 
 
 _QWEN_NAMES = {

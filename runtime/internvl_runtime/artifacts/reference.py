@@ -25,7 +25,37 @@ _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 _PROJECTOR_EPS = 1e-5
 
-Tensors = Mapping[str, torch.Tensor]
+_FP8 = torch.float8_e4m3fn
+_FP8_MOST = 448.0
+_LAYERS = "language_model.model.layers."
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """What lies below one prefix, rounded to a lane's dtype."""
+
+    by_name: Mapping[str, torch.Tensor]
+    fp8: bool
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return a tensor."""
+        return self.by_name[name]
+
+    def linear(self, states: torch.Tensor, name: str) -> torch.Tensor:
+        """Multiply with a weight (out, in), and add its bias where there is one."""
+        weight, bias = self.by_name[f"{name}.weight"], self.by_name.get(f"{name}.bias")
+        if not self.fp8:
+            return F.linear(states, weight, bias)
+        product = F.linear(_round_rows(states), _round_rows(weight)).to(states.dtype)
+        return product if bias is None else product + bias
+
+
+def _round_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Round to E4M3 with a scale a row; returns float32."""
+    scales = rows.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / _FP8_MOST
+    return (rows.float() / scales).to(_FP8).float() * scales
+
+
 Stage = tuple[str, Callable[[torch.Tensor, Tensors], torch.Tensor]]
 """A prefix of published names, and what the tensors below it do to the hidden states."""
 
@@ -43,32 +73,58 @@ class Asked:
     """How many logits are wanted, from the end."""
 
 
-def compute_logits(
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """One way of rounding."""
+
+    dtype: torch.dtype
+    fp8: bool = False
+    """Whether weight rows and tokens of the decoder's products are rounded to E4M3 besides."""
+
+
+EXACT = Lane(torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """What one prompt gives in one lane, in float32 on the CPU."""
+
+    logits: torch.Tensor
+    """[last, vocabulary]"""
+    features: torch.Tensor
+    """[image tokens, hidden size of the language model]"""
+
+
+def compute(
     folder: Path,
     model: config.ModelConfig,
     every: Sequence[Asked],
     *,
-    dtypes: Sequence[torch.dtype],
+    lanes: Sequence[Lane],
     device: torch.device,
     report: progress.Report,
-) -> list[list[torch.Tensor]]:
-    """Return float32 logits [last, vocabulary] on the CPU for each dtype, of each that was asked.
+) -> list[list[Computed]]:
+    """Return for each that was asked what it gives in each lane.
 
     All of them go through a layer while it is in memory.
     """
     with tensor_stream.Reader(folder) as reader, torch.inference_mode():
-        runner = _Runner(reader, dtypes, device, report, model)
+        runner = _Runner(reader, lanes, device, report, model)
         pixels = [_normalize(asked.tiles).to(device) for asked in every]
-        features = runner.run(_tower(model.vision), [[each] * len(dtypes) for each in pixels])
+        encoded = runner.run(_tower(model.vision), [[each] * len(lanes) for each in pixels])
+        features = [[each.flatten(0, 1) for each in own] for own in encoded]
         ids = [torch.tensor(asked.token_ids, device=device) for asked in every]
-        hidden = runner.run([_embedding(model)], [[each] * len(dtypes) for each in ids])
+        hidden = runner.run([_embedding(model)], [[each] * len(lanes) for each in ids])
         for asked, own, found in zip(every, hidden, features, strict=True):
-            for lane, seen in zip(own, found, strict=True):
-                lane[torch.tensor(asked.picture_tokens, dtype=torch.long)] = seen.flatten(0, 1)
+            for given, seen in zip(own, found, strict=True):
+                given[torch.tensor(asked.picture_tokens, dtype=torch.long)] = seen
         hidden = runner.run(_decoder(model.language), hidden)
-        ends = [[lane[-a.last :] for lane in own] for a, own in zip(every, hidden, strict=True)]
+        ends = [[each[-a.last :] for each in own] for a, own in zip(every, hidden, strict=True)]
         logits = runner.run([_head(model)], ends)
-        return [[lane.float().cpu() for lane in own] for own in logits]
+    return [
+        [Computed(*(each.float().cpu() for each in pair)) for pair in zip(*own, strict=True)]
+        for own in zip(logits, features, strict=True)
+    ]
 
 
 class _Runner:
@@ -77,12 +133,12 @@ class _Runner:
     def __init__(
         self,
         reader: tensor_stream.Reader,
-        dtypes: Sequence[torch.dtype],
+        lanes: Sequence[Lane],
         device: torch.device,
         report: progress.Report,
         model: config.ModelConfig,
     ) -> None:
-        self._reader, self._dtypes, self._device = reader, dtypes, device
+        self._reader, self._lanes, self._device = reader, lanes, device
         self._report = report
         self._done = 0
         self._total = model.vision.num_hidden_layers + model.language.num_hidden_layers + 5
@@ -90,15 +146,17 @@ class _Runner:
     def run(
         self, stages: Iterable[Stage], states: Sequence[Sequence[torch.Tensor]]
     ) -> list[list[torch.Tensor]]:
-        """Return the states behind the last stage: for each prompt, one of each dtype."""
+        """Return the states behind the last stage: for each prompt, one of each lane."""
         current = [list(own) for own in states]
         for prefix, step in stages:
             loaded = self._load(prefix)
-            for lane, dtype in enumerate(self._dtypes):
-                rounded = {name: tensor.to(dtype) for name, tensor in loaded.items()}
+            for number, lane in enumerate(self._lanes):
+                rounded = {name: tensor.to(lane.dtype) for name, tensor in loaded.items()}
+                tensors = Tensors(rounded, lane.fp8 and prefix.startswith(_LAYERS))
                 for own in current:
-                    wide = own[lane].is_floating_point()
-                    own[lane] = step(own[lane].to(dtype) if wide else own[lane], rounded)
+                    given = own[number]
+                    wide = given.is_floating_point()
+                    own[number] = step(given.to(lane.dtype) if wide else given, tensors)
             self._done += 1
             self._report(self._done, self._total)
         return current
@@ -145,7 +203,7 @@ def _tower(vision: config.VisionConfig) -> Iterator[Stage]:
             )
 
         width = hidden.shape[-1]
-        qkv = F.linear(norm(hidden, "norm1"), own["attn.qkv.weight"], own.get("attn.qkv.bias"))
+        qkv = own.linear(norm(hidden, "norm1"), "attn.qkv")
         query, key, value = qkv.split(width, dim=-1)
         if vision.qk_normalization:
             query = _rms_norm(query, own["attn.q_norm.weight"], vision.layer_norm_eps)
@@ -155,10 +213,9 @@ def _tower(vision: config.VisionConfig) -> Iterator[Stage]:
             for part in (query, key, value)
         )
         mixed = _attend(*heads).transpose(1, 2).flatten(2)
-        mixed = F.linear(mixed, own["attn.proj.weight"], own["attn.proj.bias"])
-        hidden = hidden + mixed * own["ls1"]
-        inner = F.linear(norm(hidden, "norm2"), own["mlp.fc1.weight"], own["mlp.fc1.bias"])
-        inner = F.linear(F.gelu(inner), own["mlp.fc2.weight"], own["mlp.fc2.bias"])
+        hidden = hidden + own.linear(mixed, "attn.proj") * own["ls1"]
+        inner = own.linear(norm(hidden, "norm2"), "mlp.fc1")
+        inner = own.linear(F.gelu(inner), "mlp.fc2")
         return hidden + inner * own["ls2"]
 
     def project(hidden: torch.Tensor, own: Tensors) -> torch.Tensor:
@@ -166,8 +223,7 @@ def _tower(vision: config.VisionConfig) -> Iterator[Stage]:
         tokens = F.layer_norm(
             tokens, own["0.weight"].shape, own["0.weight"], own["0.bias"], _PROJECTOR_EPS
         )
-        inner = F.gelu(F.linear(tokens, own["1.weight"], own["1.bias"]))
-        return F.linear(inner, own["3.weight"], own["3.bias"])
+        return own.linear(F.gelu(own.linear(tokens, "1")), "3")
 
     yield "vision_model.embeddings.", embed
     for number in range(vision.num_hidden_layers):
@@ -189,8 +245,7 @@ def _decoder(language: config.LanguageConfig) -> Iterator[Stage]:
     names = _QWEN2 if language.family is config.Family.QWEN2 else _INTERNLM2
 
     def layer(hidden: torch.Tensor, own: Tensors) -> torch.Tensor:
-        by_role = {role: own[f"{name}.weight"] for role, name in names.items()}
-        normed = _rms_norm(hidden, by_role["norm 1"], language.rms_norm_eps)
+        normed = _rms_norm(hidden, own[f"{names['norm 1']}.weight"], language.rms_norm_eps)
         query, key, value = (
             part.view(len(hidden), -1, language.head_size).transpose(0, 1)
             for part in split(normed, own, language)
@@ -202,10 +257,10 @@ def _decoder(language: config.LanguageConfig) -> Iterator[Stage]:
             value.repeat_interleave(group, dim=0),
             is_causal=True,
         )
-        hidden = hidden + F.linear(mixed.transpose(0, 1).flatten(1), by_role["out"])
-        normed = _rms_norm(hidden, by_role["norm 2"], language.rms_norm_eps)
-        gate, up = F.linear(normed, by_role["gate"]), F.linear(normed, by_role["up"])
-        return hidden + F.linear(F.silu(gate) * up, by_role["down"])
+        hidden = hidden + own.linear(mixed.transpose(0, 1).flatten(1), names["out"])
+        normed = _rms_norm(hidden, own[f"{names['norm 2']}.weight"], language.rms_norm_eps)
+        gate, up = own.linear(normed, names["gate"]), own.linear(normed, names["up"])
+        return hidden + own.linear(F.silu(gate) * up, names["down"])
 
     def normalize(hidden: torch.Tensor, own: Tensors) -> torch.Tensor:
         return _rms_norm(hidden, own["weight"], language.rms_norm_eps)
@@ -237,15 +292,14 @@ def _split_qwen2(
     normed: torch.Tensor, own: Tensors, language: config.LanguageConfig
 ) -> list[torch.Tensor]:
     del language
-    roots = [f"self_attn.{letter}_proj" for letter in "qkv"]
-    return [F.linear(normed, own[f"{root}.weight"], own[f"{root}.bias"]) for root in roots]
+    return [own.linear(normed, f"self_attn.{letter}_proj") for letter in "qkv"]
 
 
 def _split_internlm2(
     normed: torch.Tensor, own: Tensors, language: config.LanguageConfig
 ) -> list[torch.Tensor]:
     """Rows of wqkv come by key/value head: its queries, its key, its value."""
-    fused = F.linear(normed, own["attention.wqkv.weight"])
+    fused = own.linear(normed, "attention.wqkv")
     grouped = fused.view(len(normed), language.num_key_value_heads, -1, language.head_size)
     return [part.flatten(1) for part in (grouped[:, :, :-2], grouped[:, :, -2], grouped[:, :, -1])]
 

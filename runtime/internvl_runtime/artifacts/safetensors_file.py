@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 _ALIGNMENT_BYTES = 8
 _MOST_HEADER_BYTES = 100_000_000
 """As in the safetensors package."""
@@ -20,7 +20,7 @@ _MOST_HEADER_BYTES = 100_000_000
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Name, safetensors dtype (`F32`, `F16`, `BF16`) and shape of one tensor."""
+    """Name, safetensors dtype (`F32`, `F16`, `BF16`, `F8_E4M3`) and shape of one tensor."""
 
     name: str
     dtype: str

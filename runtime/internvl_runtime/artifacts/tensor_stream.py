@@ -7,7 +7,7 @@ as this process's memory.
 import contextlib
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -22,7 +22,14 @@ _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    layout.FP8: np.dtype(ml_dtypes.float8_e4m3fn),
 }
+_FP8_MOST = 448.0
+"""Largest value of E4M3."""
+_FP8_LEAST_SCALE = 1.0 / (_FP8_MOST * 512.0)
+"""Of TensorRT-LLM's own quantization (`tensorrt_llm/models/convert_utils.py`)."""
+_FP8_CLAMP = 1200.0
+"""Likewise: larger weights are cut off."""
 
 
 class Reader(contextlib.ExitStack):
@@ -64,11 +71,10 @@ class Reader(contextlib.ExitStack):
 class Writer(contextlib.ExitStack):
     """Writes the files of a layout; what an earlier process has written to them stays."""
 
-    def __init__(self, folder: Path, files: layout.Layout, dtype: str) -> None:
+    def __init__(self, folder: Path, files: layout.Layout, encoding: layout.Encoding) -> None:
         super().__init__()
-        infos = files.infos(dtype)
+        infos = files.infos(encoding)
         self._placed = safetensors_file.place(infos)
-        self._dtype = _DTYPES[dtype]
         self._descriptors = [self._open(folder / name, infos) for name in files.files]
 
     def _open(self, path: Path, infos: Sequence[safetensors_file.TensorInfo]) -> int:
@@ -84,28 +90,65 @@ class Writer(contextlib.ExitStack):
         for descriptor, part in zip(self._descriptors, parts, strict=True):
             if part.shape != stored.tensor.shape:
                 raise ValueError(f"{name}: {part.shape}, planned {stored.tensor.shape}")
-            offset = stored.offset
-            rows = max(1, _BLOCK_BYTES * len(part) // stored.tensor.bytes)
-            for start in range(0, len(part), rows):
-                content = self._bytes_of(part[start : start + rows], name)
-                _write(descriptor, content, offset)
-                offset += len(content)
+            if stored.tensor.dtype == layout.FP8:
+                self._write_quantized(descriptor, part, stored)
+            else:
+                self._write_blocks(descriptor, part, stored)
+
+    def _write_blocks(
+        self, descriptor: int, part: layout.Array, stored: safetensors_file.Stored
+    ) -> None:
+        offset = stored.offset
+        for block in _blocks(part):
+            content = _bytes_of(block, stored.tensor)
+            _write(descriptor, content, offset)
+            offset += len(content)
+
+    def _write_quantized(
+        self, descriptor: int, part: layout.Array, stored: safetensors_file.Stored
+    ) -> None:
+        scales = self._placed[layout.scale_name(stored.tensor.name)]
+        places = [stored.offset, scales.offset]
+        for block in _blocks(part):
+            for number, array in enumerate(quantize(block)):
+                content = array.reshape(-1).view(np.uint8).data
+                _write(descriptor, content, places[number])
+                places[number] += len(content)
 
     def sync(self) -> None:
         """Make everything that was written durable."""
         for descriptor in self._descriptors:
             os.fdatasync(descriptor)
 
-    def _bytes_of(self, block: layout.Array, name: str) -> memoryview:
-        with np.errstate(over="ignore"):
-            converted = np.ascontiguousarray(block, dtype=self._dtype)
-        if converted.dtype != block.dtype and not np.isfinite(converted).all():
-            raise errors.StageError(
-                errors.Reason.UNSUPPORTED_MODEL,
-                f"{name} has values that {converted.dtype} can not hold",
-                remedy="set spec.engine.dtype to bfloat16 or float32",
-            )
-        return converted.reshape(-1).view(np.uint8).data
+
+def quantize(rows: layout.Array) -> tuple[layout.Array, layout.Array]:
+    """Return E4M3 values and float32 scales [rows]: a value is its number times its row's scale.
+
+    The rule is that of TensorRT-LLM's FP8_PER_CHANNEL_PER_TOKEN.
+    """
+    wide = np.clip(rows.astype(np.float32), -_FP8_CLAMP, _FP8_CLAMP)
+    scales = np.maximum(np.abs(wide).max(axis=1) / _FP8_MOST, np.float32(_FP8_LEAST_SCALE))
+    scaled = np.clip(wide / scales[:, None], -_FP8_MOST, _FP8_MOST)
+    return scaled.astype(_DTYPES[layout.FP8]), scales.astype(np.float32)
+
+
+def _blocks(part: layout.Array) -> Iterator[layout.Array]:
+    """Cut into rows that are converted at a time."""
+    rows = max(1, _BLOCK_BYTES * len(part) // part.nbytes)
+    for start in range(0, len(part), rows):
+        yield part[start : start + rows]
+
+
+def _bytes_of(block: layout.Array, tensor: safetensors_file.TensorInfo) -> memoryview:
+    with np.errstate(over="ignore"):
+        converted = np.ascontiguousarray(block, dtype=_DTYPES[tensor.dtype])
+    if converted.dtype != block.dtype and not np.isfinite(converted).all():
+        raise errors.StageError(
+            errors.Reason.UNSUPPORTED_MODEL,
+            f"{tensor.name} has values that {converted.dtype} can not hold",
+            remedy="set spec.engine.dtype to bfloat16 or float32",
+        )
+    return converted.reshape(-1).view(np.uint8).data
 
 
 def _allocate(descriptor: int, size: int) -> None:

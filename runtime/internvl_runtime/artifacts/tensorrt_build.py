@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from internvl_runtime import errors
 from internvl_runtime.artifacts import journal, language_engine, progress, vision_engine
 from internvl_runtime.engine import device, interface
 from internvl_runtime.model import config
@@ -21,14 +22,23 @@ def build(
     limits: interface.EngineLimits,
     *,
     dtype: str,
+    quantization: str,
     ranks: int,
     timings: Path,
     stage: progress.Progress,
 ) -> dict[str, Any]:
     """Build what the workspace has not yet; return what the manifest tells of it.
 
-    `timings` is a folder of measurements that later builds on this GPU use.
+    `timings` is a folder of measurements that later builds on this GPU use. Raises StageError
+    for a combination that TensorRT-LLM is not known to load.
     """
+    if quantization == "FP8" and model.language.family is config.Family.QWEN2:
+        raise errors.StageError(
+            errors.Reason.INVALID_SPEC,
+            "FP8 weights of the Qwen2 family: no published source shows that TensorRT-LLM 1.2.1 "
+            "loads them",
+            remedy="set spec.engine.quantization to None, or spec.engine.backend to PyTorch",
+        )
     timings.mkdir(parents=True, exist_ok=True)
     built = journal.Journal(workspace / JOURNAL)
     profile = vision_engine.Profile.of(limits)

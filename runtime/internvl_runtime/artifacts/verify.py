@@ -1,7 +1,7 @@
 """Holds an engine's answers against the published weights' own, before it is published."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,13 @@ _LEAST_DEVIATION = 2e-3
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One prompt's log-probabilities: differences from the published weights in float32."""
+    """Differences from the published weights in float32."""
 
     name: str
     deviation: float
     """Largest of the engine's."""
     rounding: float
-    """Largest of the reference's own in the engine's dtype."""
+    """Largest of the reference's own in the engine's encoding."""
 
     @property
     def allowed(self) -> float:
@@ -39,34 +39,34 @@ def compare(
     folder: Path,
     model: config.ModelConfig,
     *,
-    dtype: str,
+    lane: reference.Lane,
     device: str,
     report: progress.Report,
 ) -> list[Comparison]:
     """Compare answers with a forward pass over the published files in `folder`.
 
-    Raises StageError (VerificationFailed) where rounding does not explain a difference.
+    `lane` is the engine's encoding. Raises StageError (VerificationFailed) where its rounding does
+    not explain a difference.
     """
-    dtypes = list(dict.fromkeys([torch.float32, getattr(torch, dtype)]))
-    found = reference.compute_logits(
+    computed = reference.compute(
         folder,
         model,
         [_asked(answered) for answered in answers],
-        dtypes=dtypes,
+        lanes=list(dict.fromkeys([reference.EXACT, lane])),
         device=torch.device(device),
         report=report,
     )
     compared = [
-        _compare(answered, lanes[0], lanes[-1])
-        for answered, lanes in zip(answers, found, strict=True)
+        comparison
+        for answered, lanes in zip(answers, computed, strict=True)
+        for comparison in _compare(answered, lanes[0], lanes[-1])
     ]
     for each in compared:
         if not each.deviation <= each.allowed:
             raise errors.StageError(
                 errors.Reason.VERIFICATION_FAILED,
-                f"the {each.name} prompt's log-probabilities are up to {each.deviation:.3g} from "
-                f"those of the published weights; rounding to {dtype} explains "
-                f"{each.allowed:.3g}",
+                f"the {each.name} are up to {each.deviation:.3g} from those of the published "
+                f"weights; rounding explains {each.allowed:.3g}",
                 remedy="remove the checkpoint from the cache (internvl-runtime cache) and convert "
                 "again; if it stays so, the builder's GPU or libraries compute wrong results",
             )
@@ -74,19 +74,28 @@ def compare(
 
 
 def _compare(
-    answered: verification.Answered, exact: torch.Tensor, rounded: torch.Tensor
-) -> Comparison:
-    exact, rounded = exact.log_softmax(-1), rounded.log_softmax(-1)
+    answered: verification.Answered, exact: reference.Computed, rounded: reference.Computed
+) -> Iterator[Comparison]:
+    if answered.features is not None:
+        yield Comparison(
+            f"features of the {answered.name} prompt",
+            _largest(answered.features - exact.features),
+            _largest(rounded.features - exact.features),
+        )
+    logits, in_lane = exact.logits.log_softmax(-1), rounded.logits.log_softmax(-1)
     deviation = rounding = 0.0
     for step, told in enumerate(answered.told):
         token_ids, values = zip(*told.top, strict=True)
-        own = exact[step, list(token_ids)]
-        differences = torch.tensor(values) - own
+        own = logits[step, list(token_ids)]
         # A token that the reference thinks likely must be among those that the engine names.
-        missed = exact[step].max() - own.max()
-        deviation = max(deviation, float(differences.abs().max()), float(missed))
-        rounding = max(rounding, float((rounded[step, list(token_ids)] - own).abs().max()))
-    return Comparison(answered.name, round(deviation, 6), round(rounding, 6))
+        missed = float(logits[step].max() - own.max())
+        deviation = max(deviation, _largest(torch.tensor(values) - own), missed)
+        rounding = max(rounding, _largest(in_lane[step, list(token_ids)] - own))
+    yield Comparison(f"log-probabilities of the {answered.name} prompt", deviation, rounding)
+
+
+def _largest(differences: torch.Tensor) -> float:
+    return round(float(differences.abs().max()), 6)
 
 
 def _asked(answered: verification.Answered) -> reference.Asked:

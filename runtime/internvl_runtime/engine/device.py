@@ -8,6 +8,8 @@ from typing import Any
 
 _MACHINES = {"x86_64": "x86_64", "aarch64": "arm64"}
 _CPU_PREFIX = "cpu-"
+_FIRST_FP8 = 89
+"""Ada, compute capability 8.9."""
 _PACKAGES = {
     ("PyTorch", "cpu"): {"torch": "torch"},
     ("PyTorch", "cuda"): {"torch": "torch", "flashinfer": "flashinfer-python"},
@@ -73,6 +75,13 @@ def architecture() -> str:
 def architecture_like(wanted: str) -> str:
     """Return what this machine has of the kind of `wanted`: every machine has a CPU."""
     return cpu_architecture() if torch_device(wanted) == "cpu" else architecture()
+
+
+def has_fp8(architecture: str) -> bool:
+    """Whether products of FP8 can be computed; on a CPU they are emulated."""
+    return (
+        torch_device(architecture) == "cpu" or int(architecture.removeprefix("sm_")) >= _FIRST_FP8
+    )
 
 
 def torch_device(architecture: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from internvl_runtime import errors
 from internvl_runtime.engine import interface
@@ -31,6 +32,8 @@ class Answered:
     token_ids: list[int]
     told: list[interface.TokenLogProbabilities]
     """For each token."""
+    features: torch.Tensor | None
+    """float32 [image tokens, hidden size of the language model] of the prompt's picture."""
 
     @property
     def name(self) -> str:
@@ -111,7 +114,12 @@ def _answer(engine: core.Engine, request: core.Submitted) -> Answered:
             f"the {request.request_id} prompt gives logits that are not finite",
             remedy="use another engine.dtype, and check that the weights are whole",
         )
-    return Answered(request, [token_id for step in steps for token_id in step.token_ids], told)
+    token_ids = [token_id for step in steps for token_id in step.token_ids]
+    features = None
+    if request.prompt.placements:
+        (content_hash,) = request.content_hashes
+        features = engine.pictures.features(content_hash).float().cpu()
+    return Answered(request, token_ids, told, features)
 
 
 def _requests(model: config.ModelConfig, tokens: tokenizer.Tokenizer) -> Iterator[core.Submitted]:

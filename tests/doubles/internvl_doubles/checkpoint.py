@@ -6,6 +6,7 @@ Written from the published sources (`tensorrt_llm/models/modeling_utils.py`,
 
 import json
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 PRETRAINED_KEYS = {
@@ -20,6 +21,8 @@ LLAMA_KEYS = PRETRAINED_KEYS | {"attn_bias", "mlp_bias", "has_partial_lora_mask"
 MAPPING_KEYS = {"world_size", "tp_size", "pp_size", "cp_size", "gpus_per_node"}
 QUANTIZATION_KEYS = {"quant_algo", "kv_cache_quant_algo", "group_size", "exclude_modules"}
 CLASSES = {"Qwen2ForCausalLM": QWEN_KEYS, "InternLM2ForCausalLM": LLAMA_KEYS}
+FP8_ARCHITECTURES = {"InternLM2ForCausalLM"}
+"""Those of `LLaMAForCausalLM`, whose converter has `--use_fp8_rowwise`."""
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
@@ -31,6 +34,10 @@ def read_config(folder: Path) -> dict:
     """Read config.json as `PretrainedConfig.from_dict` does."""
     raw = json.loads((folder / "config.json").read_text())
     architecture = raw["architecture"]
+    if raw["quantization"]["quant_algo"] not in {None, FP8}:
+        raise CheckpointError(f"quant_algo {raw['quantization']['quant_algo']}: strict double")
+    if raw["quantization"]["quant_algo"] == FP8 and architecture not in FP8_ARCHITECTURES:
+        raise CheckpointError(f"{architecture} with {FP8}: no published source shows it")
     if architecture not in CLASSES:
         raise CheckpointError(f"Unsupported model architecture: {architecture}")
     if raw["dtype"] not in DTYPES:
@@ -81,7 +88,27 @@ def expected_tensors(config: dict) -> dict[str, tuple[int, ...]]:
         }
         if config["architecture"] == "Qwen2ForCausalLM":
             tensors[f"{root}.attention.qkv.bias"] = (rows,)
+        if config["quantization"]["quant_algo"] == FP8:
+            for layer_name in QUANTIZED:
+                rows_of = tensors[f"{root}.{layer_name}.weight"][:1]
+                tensors[f"{root}.{layer_name}.per_channel_scale"] = rows_of
     return tensors
+
+
+FP8 = "FP8_PER_CHANNEL_PER_TOKEN"
+QUANTIZED = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
+"""Layers that `fp8_rowwise_quantize` replaces; it leaves out ln_f and lm_head."""
+
+
+def expected_dtypes(config: dict, names: Iterable[str]) -> dict[str, str]:
+    """Return the safetensors dtype of each tensor."""
+    is_fp8 = config["quantization"]["quant_algo"] == FP8
+    found = {}
+    for name in names:
+        is_quantized = is_fp8 and name.endswith(tuple(f"{q}.weight" for q in QUANTIZED))
+        is_scale = name.endswith("per_channel_scale")
+        found[name] = "F8_E4M3" if is_quantized else "F32" if is_scale else DTYPES[config["dtype"]]
+    return found
 
 
 def check_rank(config: dict, path: Path) -> list[str]:
@@ -90,6 +117,7 @@ def check_rank(config: dict, path: Path) -> list[str]:
         raise FileNotFoundError(f"No such file or directory: {path}")
     header = _read_header(path)
     expected = expected_tensors(config)
+    dtypes = expected_dtypes(config, expected)
     missing = expected.keys() - header.keys()
     if missing:
         raise CheckpointError(f"Required but not provided tensors:{sorted(missing)}")
@@ -100,7 +128,7 @@ def check_rank(config: dict, path: Path) -> list[str]:
                 f"Encountered error when trying to load {name}: shape {found['shape']}, "
                 f"expected {list(shape)}"
             )
-        if found["dtype"] != DTYPES[config["dtype"]]:
+        if found["dtype"] != dtypes[name]:
             raise CheckpointError(f"{name} has dtype {found['dtype']}")
     extra = sorted(header.keys() - expected.keys())
     return [f"Provided but not expected tensors: {extra}"] if extra else []

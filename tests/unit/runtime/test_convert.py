@@ -199,3 +199,29 @@ def test_a_shard_that_is_cut_short_is_named(checkpoint, tmp_path):
     with pytest.raises(errors.StageError, match="ends within it") as caught:
         write(broken, new(tmp_path / "out"))
     assert caught.value.reason is errors.Reason.DIGEST_MISMATCH
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fp8_has_a_scale_for_each_row_of_each_rank(checkpoint, tmp_path, ranks):
+    whole, packed = new(tmp_path / "whole"), new(tmp_path / "fp8")
+    write(checkpoint, whole, dtype="bfloat16", ranks=ranks)
+    convert.write_checkpoint(
+        checkpoint, packed, dtype="bfloat16", quantization="FP8", ranks=ranks,
+        report=lambda *_: None,
+    )  # fmt: skip
+
+    described = json.loads((packed / "config.json").read_text())
+    assert described["quantization"]["quant_algo"] == "FP8_PER_CHANNEL_PER_TOKEN"
+    for rank in range(ranks):
+        ours, wide = (load([folder / f"rank{rank}.safetensors"]) for folder in (packed, whole))
+        quantized = {name for name, tensor in ours.items() if tensor.dtype is torch.float8_e4m3fn}
+        assert len(quantized) == 5 * config.read_model_config(checkpoint).language.num_hidden_layers
+        for name in quantized:
+            scales = ours[name.replace("weight", "per_channel_scale")]
+            # The rule of TensorRT-LLM, by torch.
+            rows = wide[name].float()
+            expected = (rows.abs().amax(1) / 448).clamp(min=1 / (448 * 512))
+            assert torch.equal(scales, expected)
+            assert torch.equal(ours[name], (rows / expected[:, None]).to(torch.float8_e4m3fn))
+        for name in wide.keys() - quantized:
+            assert torch.equal(ours[name], wide[name])

@@ -8,7 +8,7 @@ float32.
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from internvl_runtime.engine.pytorch import attention, ranks, vision
+from internvl_runtime.engine.pytorch import attention, products, ranks, vision
 from internvl_runtime.engine.pytorch import weights as loading
 from internvl_runtime.model import config, tensor_parallel
 
@@ -86,12 +86,11 @@ class _Layer:
         self._group = group
         self._input_norm = weights["input_layernorm.weight"]
         self._post_norm = weights["post_layernorm.weight"]
-        self._qkv = weights["attention.qkv.weight"]
-        self._qkv_bias = weights.get("attention.qkv.bias")
-        self._dense = weights["attention.dense.weight"]
+        self._qkv = products.read(weights, "attention.qkv")
+        self._dense = products.read(weights, "attention.dense")
         # TensorRT-LLM calls gate_proj `fc`, and up_proj `gate`.
-        self._gate_up = torch.cat([weights.pop("mlp.fc.weight"), weights.pop("mlp.gate.weight")])
-        self._down = weights["mlp.proj.weight"]
+        self._gate_up = products.read_stacked(weights, "mlp.fc", "mlp.gate")
+        self._down = products.read(weights, "mlp.proj")
 
     def forward(
         self,
@@ -101,14 +100,13 @@ class _Layer:
         number: int,
     ) -> torch.Tensor:
         normed = vision.rms_norm(hidden, self._input_norm, self._eps)
-        qkv = F.linear(normed, self._qkv, self._qkv_bias)
-        by_head = qkv.view(len(hidden), sum(self._heads), self._size)
+        by_head = self._qkv(normed).view(len(hidden), sum(self._heads), self._size)
         query, key, value = by_head.split(self._heads, dim=1)
         mixed = attend.attend(number, rotate(query, rotation), rotate(key, rotation), value)
-        hidden = hidden + self._group.add(F.linear(mixed.flatten(1), self._dense))
+        hidden = hidden + self._group.add(self._dense(mixed.flatten(1)))
         normed = vision.rms_norm(hidden, self._post_norm, self._eps)
-        gate, up = F.linear(normed, self._gate_up).chunk(2, dim=-1)
-        return hidden + self._group.add(F.linear(F.silu(gate) * up, self._down))
+        gate, up = self._gate_up(normed).chunk(2, dim=-1)
+        return hidden + self._group.add(self._down(F.silu(gate) * up))
 
 
 def rotate(heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
