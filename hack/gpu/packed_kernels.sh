@@ -24,7 +24,8 @@ source="{\"folder\": {\"path\": \"$work/model\"}}"
 weights=$(runtime resolve --source "$source" | told weights)
 runtime fetch --source "$source" --weights "$weights" > /dev/null
 timed "resolved"
-checkpoint=$(runtime convert --weights "$weights" | tee "$output/convert.jsonl" | told checkpoint)
+checkpoint=$(runtime convert --weights "$weights" --quantization "${QUANTIZATION:-None}" \
+  | tee "$output/convert.jsonl" | told checkpoint)
 timed "converted"
 runtime build --checkpoint "$checkpoint" --flags '{"maxBatchSize": 32, "maxTilesPerImage": 12,
   "maxSequenceTokens": 8192, "maxInputTokens": 8191, "maxBatchedTokens": 4096,

@@ -15,7 +15,7 @@ import torch
 from asking import answer_alone, ask, assert_equal_but_for_ties, collect, picture, words
 from internvl_runtime.artifacts import shapes, tensors
 from internvl_runtime.engine import interface
-from internvl_runtime.engine.pytorch import attention, loading, weights
+from internvl_runtime.engine.pytorch import attention, loading, products, weights
 from internvl_runtime.model import config, tensor_parallel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -216,3 +216,19 @@ def test_nothing_waits_for_the_device_but_for_the_tokens_of_the_step_before(load
         run("second")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 300])
+def test_fp8_products_are_those_of_their_emulation(tokens):
+    generator = torch.Generator("cuda").manual_seed(2)
+    states, rows = (
+        torch.randn(count, 512, generator=generator, device="cuda") for count in (tokens, 768)
+    )
+    scales = rows.abs().amax(1) / 448
+    quantized = (rows / scales[:, None]).to(torch.float8_e4m3fn)
+    bias = torch.randn(768, generator=generator, device="cuda")
+
+    on_the_card = products.Product(quantized, scales, bias.bfloat16())(states.bfloat16())
+    emulated = products.Product(quantized, scales, bias)(states.bfloat16().float())
+
+    assert (on_the_card - emulated).abs().max() < 2**-7 * emulated.abs().max()
