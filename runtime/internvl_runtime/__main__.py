@@ -2,11 +2,13 @@
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from internvl_runtime.model import config
 from internvl_runtime.store import cache as caches
 
 RESULT_SCHEMA = 1
+_MOST_TERMINATION_BYTES = 4096
+"""Kubernetes cuts off the rest of a termination message."""
 EXIT_UNFORESEEN = 1
 """Another try may go better."""
 EXIT_FAILED = 80
@@ -41,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{_variable(error['loc'])}: {error['msg']}", file=sys.stderr)
         return EXIT_FAILED
     try:
-        result = parsed.run(parsed, config_)
+        with _deadline(getattr(parsed, "timeout", None)):
+            result = parsed.run(parsed, config_)
     except (errors.RequestError, errors.MeasurementError) as e:
         print(f"{parsed.command}: {e}", file=sys.stderr)
         return EXIT_FAILED
@@ -58,6 +63,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write_termination(config_, {"stage": parsed.command, "result": result})
         print(json.dumps(result), flush=True)
     return 0
+
+
+@contextlib.contextmanager
+def _deadline(seconds: int | None) -> Iterator[None]:
+    """End the work inside with StageError (BuildTimeout) when its time is over."""
+    if seconds is None:
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        del number, frame
+        raise errors.StageError(
+            errors.Reason.BUILD_TIMEOUT,
+            f"the stage was not done within {seconds} s",
+            remedy="raise spec.engine.build.timeout; what was finished is kept for the next try",
+        )
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _variable(location: tuple[int | str, ...]) -> str:
@@ -185,6 +214,10 @@ def _cache(arguments: argparse.Namespace, config_: settings.Settings) -> caches.
 def _write_termination(config_: settings.Settings, content: dict[str, Any]) -> None:
     if config_.termination_log.exists():
         text = json.dumps({"schema": RESULT_SCHEMA, **content})
+        if len(text) > _MOST_TERMINATION_BYTES and "message" in content:
+            spare = len(text) - _MOST_TERMINATION_BYTES + len("…".encode()) * 2
+            content = {**content, "message": content["message"][:-spare] + "…"}
+            text = json.dumps({"schema": RESULT_SCHEMA, **content})
         config_.termination_log.write_text(text, encoding="utf-8")
 
 
@@ -213,6 +246,10 @@ def _parser() -> argparse.ArgumentParser:
     for command in (resolve, fetch, convert, build, managed):
         command.add_argument(
             "--cache", type=Path, help="cache folder (INTERNVL_RUNTIME_CACHE_ROOT)"
+        )
+    for command in (resolve, fetch, convert, build):
+        command.add_argument(
+            "--timeout", type=_count, metavar="SECONDS", help="end the stage after this time"
         )
     for command in (fetch, convert):
         command.add_argument("--weights", required=True, metavar="KEY")

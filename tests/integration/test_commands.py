@@ -137,3 +137,16 @@ def test_bad_input_gets_a_line_and_no_stack_trace(arguments, environment, code, 
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_termination_message_fits_into_what_kubernetes_keeps(tmp_path):
+    told = tmp_path / "termination"
+    told.touch()
+    source = json.dumps({"folder": {"path": f"/nowhere/{'x' * 9000}"}})
+
+    done = runtime_process.run("resolve", "--source", source, cache=tmp_path, termination_log=told)
+
+    assert done.returncode != 0
+    message = told.read_bytes()
+    assert len(message) <= 4096
+    assert json.loads(message)["remedy"]

@@ -310,6 +310,28 @@ def test_a_bucket_that_is_not_there_is_named(s3, cache):
     assert caught.value.reason is errors.Reason.MODEL_NOT_FOUND
 
 
+def test_a_stage_that_takes_too_long_ends_and_keeps_what_it_has(hub, cache, tmp_path):
+    cache.root.mkdir()
+    described = json.dumps(hugging_face(hub))
+    weights = runtime_process.result_of("resolve", "--source", described, cache=cache.root)[
+        "weights"
+    ]
+    hub.faults.extend([Fault(chunk_pause=1)] * 20)
+    told = tmp_path / "termination"
+    told.touch()
+
+    done = runtime_process.run(
+        "fetch", "--weights", weights, "--source", described, "--timeout", 3,
+        cache=cache.root, termination_log=told,
+    )  # fmt: skip
+
+    assert done.returncode == 80
+    assert json.loads(told.read_text())["reason"] == "BuildTimeout"
+    assert "Traceback" not in done.stderr
+    workspace = cache.root / "tmp" / f"weights-{weights}"
+    assert sum(path.stat().st_size for path in workspace.glob("*.partial"))
+
+
 def start_fetching(hub, weights, cache):
     return subprocess.Popen(
         [sys.executable, "-m", "internvl_runtime", "fetch", "--weights", weights,

@@ -5,9 +5,11 @@ it has never run where this was written (`tests/contract`, `tests/doubles`).
 """
 
 import collections
+import contextlib
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from internvl_runtime import errors
@@ -80,7 +82,7 @@ def build(arguments: list[str], *, ranks: int, output: Path, report: progress.Re
             remedy="build with the builder image of TensorRT-LLM 1.2.1",
         ) from e
     done = 0
-    with process:
+    with process, _killing(process):
         for line in process.stdout or ():
             print(line, end="", flush=True)
             last.append(line.strip())
@@ -91,6 +93,16 @@ def build(arguments: list[str], *, ranks: int, output: Path, report: progress.Re
         raise _failure(process.returncode, list(last))
     _check_output(output, ranks)
     report(ranks, ranks)
+
+
+@contextlib.contextmanager
+def _killing(process: subprocess.Popen[str]) -> Iterator[None]:
+    """End the process with what ends us, a deadline for example."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
 
 
 _FINISHED = re.compile(r"Engine serialized\. Total time")

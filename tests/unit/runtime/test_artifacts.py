@@ -163,6 +163,7 @@ def test_progress_lines_say_stage_step_and_amount():
     assert [line["done"] for line in lines] == [1, 10]
     assert lines[0] == {
         "schema": 1, "stage": "convert", "step": "write", "done": 1, "total": 10, "unit": "bytes",
+        "percent": 10.0,
     }  # fmt: skip
 
 
