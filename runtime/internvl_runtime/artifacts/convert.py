@@ -58,7 +58,7 @@ def convert(
             return published
         folder = source.weights_folder(cache.get(keys.Kind.WEIGHTS, weights))
         with caches.naming_a_full_disk(cache.root):
-            write_checkpoint(
+            digests = write_checkpoint(
                 folder,
                 workspace,
                 dtype=dtype,
@@ -71,6 +71,7 @@ def convert(
                 kind=keys.Kind.CHECKPOINTS,
                 inputs=inputs,
                 references=[caches.Reference(keys.Kind.WEIGHTS.value, weights)],
+                digests=digests,
                 scratch=(_JOURNAL,),
             )
 
@@ -83,8 +84,11 @@ def write_checkpoint(
     quantization: str = "None",
     ranks: int,
     report: progress.Report,
-) -> None:
-    """Convert the checkpoint in `folder`, or what is left of it where `output` holds a part."""
+) -> dict[str, str]:
+    """Convert the checkpoint in `folder`, or what is left of it where `output` holds a part.
+
+    Returns the SHA-256 of the files with tensors.
+    """
     model = config.read_model_config(folder)
     tokenizer.load_tokenizer(folder, model)
     layouts = layout.layouts(model, ranks)
@@ -96,9 +100,11 @@ def write_checkpoint(
     converted = journal.Journal(output / _JOURNAL)
     encoding = layout.Encoding(DTYPES[dtype], fp8=quantization == "FP8")
     counter = _Counter(report, sum(files.size(encoding) for files in layouts))
+    digests: dict[str, str] = {}
     with tensor_stream.Reader(folder) as reader:
         for files in layouts:
-            _write_files(files, output, reader, converted, counter, encoding)
+            digests |= _write_files(files, output, reader, converted, counter, encoding)
+    return digests
 
 
 def _write_files(
@@ -108,10 +114,12 @@ def _write_files(
     converted: journal.Journal,
     counter: "_Counter",
     encoding: layout.Encoding,
-) -> None:
+) -> dict[str, str]:
     def settle(group: layout.Group) -> None:
-        writer.sync()
-        converted.add(group.name)
+        if group.name not in converted.done:
+            writer.sync()
+            converted.add(group.name)
+        writer.hash(group)
 
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(tensor_stream.Writer(output, files, encoding))
@@ -121,12 +129,13 @@ def _write_files(
             if group.name not in converted.done:
                 for tensor in group.tensors:
                     writer.write(tensor.name, tensor.cut(reader.load(tensor.sources)))
-                if settled:
-                    settled.result()
-                settled = background.submit(settle, group)
+            if settled:
+                settled.result()
+            settled = background.submit(settle, group)
             counter.add(dataclasses.replace(files, groups=(group,)).size(encoding))
         if settled:
             settled.result()
+        return writer.digests
 
 
 def describe_checkpoint(

@@ -6,6 +6,7 @@ as this process's memory.
 
 import contextlib
 import errno
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -74,8 +75,11 @@ class Writer(contextlib.ExitStack):
     def __init__(self, folder: Path, files: layout.Layout, encoding: layout.Encoding) -> None:
         super().__init__()
         infos = files.infos(encoding)
+        self._encoding = encoding
         self._placed = safetensors_file.place(infos)
-        self._descriptors = [self._open(folder / name, infos) for name in files.files]
+        self._descriptors = {name: self._open(folder / name, infos) for name in files.files}
+        head = safetensors_file.header(infos)
+        self._hashes = {name: hashlib.sha256(head) for name in files.files}
 
     def _open(self, path: Path, infos: Sequence[safetensors_file.TensorInfo]) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -87,7 +91,7 @@ class Writer(contextlib.ExitStack):
     def write(self, name: str, parts: Iterable[layout.Array]) -> None:
         """Write each file's part of a tensor; raises StageError for a value beyond the dtype."""
         stored = self._placed[name]
-        for descriptor, part in zip(self._descriptors, parts, strict=True):
+        for descriptor, part in zip(self._descriptors.values(), parts, strict=True):
             if part.shape != stored.tensor.shape:
                 raise ValueError(f"{name}: {part.shape}, planned {stored.tensor.shape}")
             if stored.tensor.dtype == layout.FP8:
@@ -117,8 +121,24 @@ class Writer(contextlib.ExitStack):
 
     def sync(self) -> None:
         """Make everything that was written durable."""
-        for descriptor in self._descriptors:
+        for descriptor in self._descriptors.values():
             os.fdatasync(descriptor)
+
+    def hash(self, group: layout.Group) -> None:
+        """Take the group that is next in every file into the file's SHA-256."""
+        infos = [info for tensor in group.tensors for info in tensor.infos(self._encoding)]
+        first, last = self._placed[infos[0].name], self._placed[infos[-1].name]
+        end = last.offset + last.tensor.bytes
+        for name, descriptor in self._descriptors.items():
+            for start in range(first.offset, end, _BLOCK_BYTES):
+                # Just written, it is still in memory.
+                block = os.pread(descriptor, min(_BLOCK_BYTES, end - start), start)
+                self._hashes[name].update(block)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of every file, once all groups are hashed."""
+        return {name: found.hexdigest() for name, found in self._hashes.items()}
 
 
 def quantize(rows: layout.Array) -> tuple[layout.Array, layout.Array]:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import random
@@ -42,6 +43,10 @@ def new(folder):
 
 def write(checkpoint, output, *, dtype="float32", ranks=1):
     convert.write_checkpoint(checkpoint, output, dtype=dtype, ranks=ranks, report=lambda *_: None)
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load(paths):
@@ -173,12 +178,15 @@ def test_after_a_stop_anywhere_the_rest_is_done_and_nothing_twice(
     tries = 1
     while True:
         try:
-            write(checkpoint, stopped, ranks=2)
+            digests = convert.write_checkpoint(
+                checkpoint, stopped, dtype="float32", ranks=2, report=lambda *_: None
+            )
             break
         except KilledError:
             tries += 1
 
     assert tries > 2
+    assert digests == {path.name: sha256(path) for path in stopped.glob("*.safetensors")}
     assert done == groups
     assert contents(stopped) == contents(whole)
 
