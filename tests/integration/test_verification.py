@@ -21,6 +21,7 @@ from internvl_runtime.artifacts import (
     stages,
     synthesize,
 )
+from internvl_runtime.artifacts import checkpoint as checkpoints
 from internvl_runtime.engine import device, interface
 from internvl_runtime.model import config, conversation, prompt, tokenizer
 from internvl_runtime.store import cache as caches
@@ -75,7 +76,7 @@ CI = [
 ]
 """Families, towers and dtypes of `make test`."""
 FP8 = "fp8-"
-ENCODINGS = [*convert.DTYPES, f"{FP8}bfloat16"]
+ENCODINGS = [*checkpoints.DTYPES, f"{FP8}bfloat16"]
 EVERY = list(itertools.product((shapes.TINY, shapes.TINY_6B_VISION), FAMILIES, ENCODINGS))
 LONG = [pytest.param(case, marks=pytest.mark.long) for case in EVERY if case not in CI]
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from internvl_runtime import errors
+from internvl_runtime.artifacts import checkpoint as checkpoints
 from internvl_runtime.artifacts import progress, source
 from internvl_runtime.engine import device, folder, interface
 from internvl_runtime.model import config, tokenizer
@@ -51,7 +52,9 @@ def build(spec: EngineSpec, *, cache: caches.Cache, stage: progress.Progress) ->
             return published
         started = time.monotonic()
         checkpoint = cache.get(keys.Kind.CHECKPOINTS, spec.checkpoint)
-        _check_checkpoint(spec, checkpoint)
+        _check_fit(spec, checkpoint)
+        model = config.read_model_config(checkpoint.path / folder.MODEL_FOLDER)
+        checkpoints.check(checkpoint.path, model, checkpoint.manifest.inputs)
         with caches.naming_a_full_disk(cache.root):
             shutil.copytree(
                 checkpoint.path / folder.MODEL_FOLDER,
@@ -98,7 +101,7 @@ def check_environment(spec: EngineSpec) -> None:
         )
 
 
-def _check_checkpoint(spec: EngineSpec, checkpoint: caches.Published) -> None:
+def _check_fit(spec: EngineSpec, checkpoint: caches.Published) -> None:
     inputs = checkpoint.manifest.inputs
     if inputs["quantization"] == "FP8" and not device.has_fp8(spec.architecture):
         raise errors.StageError(

@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from internvl_runtime import errors
-from internvl_runtime.artifacts import journal, layout, progress, source, tensor_stream
+from internvl_runtime.artifacts import checkpoint, journal, layout, progress, source, tensor_stream
 from internvl_runtime.model import config, tokenizer
 from internvl_runtime.store import cache as caches
 from internvl_runtime.store import keys
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""The offered dtypes and their names in safetensors files."""
 QUANTIZATIONS = {"None": None, "FP8": "FP8_PER_CHANNEL_PER_TOKEN"}
 """The offered quantizations and TensorRT-LLM's names of them."""
 _NOT_COPIED = {"model.safetensors.index.json"}
@@ -43,7 +41,7 @@ def convert(
 
     Raises StageError for a dtype, quantization or tensor parallel size that is not offered.
     """
-    _check("dtype", dtype, DTYPES)
+    _check("dtype", dtype, checkpoint.DTYPES)
     _check("quantization", quantization, QUANTIZATIONS)
     inputs = keys.checkpoint_inputs(
         weights=weights,
@@ -98,7 +96,7 @@ def write_checkpoint(
     )
     (output / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     converted = journal.Journal(output / _JOURNAL)
-    encoding = layout.Encoding(DTYPES[dtype], fp8=quantization == "FP8")
+    encoding = checkpoint.encoding_of(dtype=dtype, quantization=quantization)
     counter = _Counter(report, sum(files.size(encoding) for files in layouts))
     digests: dict[str, str] = {}
     with tensor_stream.Reader(folder) as reader:
