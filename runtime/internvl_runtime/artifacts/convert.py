@@ -121,12 +121,16 @@ def _write_files(
 
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(tensor_stream.Writer(output, files, encoding))
-        background = stack.enter_context(futures.ThreadPoolExecutor(1))
+        background, ahead = (stack.enter_context(futures.ThreadPoolExecutor(1)) for _ in range(2))
         settled: futures.Future[None] | None = None
+        left = [group for group in files.groups if group.name not in converted.done]
+        wanted = (tensor.sources for group in left for tensor in group.tensors)
+        loaded = reader.load_ahead(wanted, ahead)
         for group in files.groups:
-            if group.name not in converted.done:
+            if group in left:
                 for tensor in group.tensors:
-                    writer.write(tensor.name, tensor.cut(reader.load(tensor.sources)))
+                    writer.write(tensor.name, tensor.cut(next(loaded)))
+                    background.submit(writer.sync)
             if settled:
                 settled.result()
             settled = background.submit(settle, group)

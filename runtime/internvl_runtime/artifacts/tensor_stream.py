@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 
 import ml_dtypes
@@ -39,7 +40,7 @@ class Reader(contextlib.ExitStack):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._stored: dict[str, tuple[int, safetensors_file.Stored]] = {}
-        self._memory = bytearray()
+        self._memories = [bytearray(), bytearray()]
         for path in sorted(folder.glob("*.safetensors")):
             descriptor = os.open(path, os.O_RDONLY)
             self.callback(os.close, descriptor)
@@ -51,22 +52,40 @@ class Reader(contextlib.ExitStack):
         return [name for name in self._stored if name.startswith(prefix)]
 
     def load(self, names: Sequence[str]) -> list[layout.Array]:
-        """Return tensors, good until the next call; raises StageError for a file cut short."""
+        """Return tensors, good until the call after the next one.
+
+        Raises StageError for a file that is cut short.
+        """
         places = [self._stored[name] for name in names]
-        self._reserve(sum(stored.tensor.bytes for _, stored in places))
+        memory = self._reserve(sum(stored.tensor.bytes for _, stored in places))
         loaded, start = [], 0
         for descriptor, stored in places:
-            view = memoryview(self._memory)[start : start + stored.tensor.bytes]
+            view = memoryview(memory)[start : start + stored.tensor.bytes]
             _read(descriptor, view, stored)
             array = np.frombuffer(view, dtype=_DTYPES[stored.tensor.dtype])
             loaded.append(array.reshape(stored.tensor.shape))
             start += stored.tensor.bytes
         return loaded
 
-    def _reserve(self, size: int) -> None:
-        if len(self._memory) < size:
-            self._memory = bytearray()
-            self._memory = bytearray(size)
+    def load_ahead(
+        self, every: Iterable[Sequence[str]], thread: futures.Executor
+    ) -> Iterator[list[layout.Array]]:
+        """Yield tensors as `load` does, the next ones being read by a thread meanwhile."""
+        coming: futures.Future[list[layout.Array]] | None = None
+        for names in every:
+            following = thread.submit(self.load, names)
+            if coming:
+                yield coming.result()
+            coming = following
+        if coming:
+            yield coming.result()
+
+    def _reserve(self, size: int) -> bytearray:
+        self._memories.reverse()
+        if len(self._memories[0]) < size:
+            self._memories[0] = bytearray()
+            self._memories[0] = bytearray(size)
+        return self._memories[0]
 
 
 class Writer(contextlib.ExitStack):
