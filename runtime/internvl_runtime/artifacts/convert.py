@@ -26,6 +26,10 @@ QUANTIZATIONS = {"None": None, "FP8": "FP8_PER_CHANNEL_PER_TOKEN"}
 _NOT_COPIED = {"model.safetensors.index.json"}
 _JOURNAL = "converted-groups"
 """In the output, until it is published."""
+_MOST_UNSETTLED_BYTES = 256 * 2**20
+"""What a kill costs; asking the disk more often costs speed."""
+_UNSETTLED_PART = 1 / 8
+"""Of small files."""
 
 
 def convert(
@@ -113,31 +117,63 @@ def _write_files(
     counter: "_Counter",
     encoding: layout.Encoding,
 ) -> dict[str, str]:
-    def settle(group: layout.Group) -> None:
-        if group.name not in converted.done:
-            writer.sync()
-            converted.add(group.name)
-        writer.hash(group)
-
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(tensor_stream.Writer(output, files, encoding))
-        background, ahead = (stack.enter_context(futures.ThreadPoolExecutor(1)) for _ in range(2))
-        settled: futures.Future[None] | None = None
+        batch = min(_MOST_UNSETTLED_BYTES, int(files.size(encoding) * _UNSETTLED_PART))
+        settler = stack.enter_context(_Settler(writer, converted, batch))
         left = [group for group in files.groups if group.name not in converted.done]
         wanted = (tensor.sources for group in left for tensor in group.tensors)
-        loaded = reader.load_ahead(wanted, ahead)
+        loaded = stack.enter_context(reader.load_ahead(wanted))
         for group in files.groups:
+            size = dataclasses.replace(files, groups=(group,)).size(encoding)
             if group in left:
                 for tensor in group.tensors:
                     writer.write(tensor.name, tensor.cut(next(loaded)))
-                    background.submit(writer.sync)
-            if settled:
-                settled.result()
-            settled = background.submit(settle, group)
-            counter.add(dataclasses.replace(files, groups=(group,)).size(encoding))
-        if settled:
-            settled.result()
+                settler.add(group, size)
+            else:
+                writer.skip(group)
+            counter.add(size)
+        settler.finish()
         return writer.digests
+
+
+class _Settler(contextlib.ExitStack):
+    """Makes groups durable and records them, beside the writing of the next ones."""
+
+    def __init__(
+        self, writer: tensor_stream.Writer, converted: journal.Journal, batch_bytes: int
+    ) -> None:
+        super().__init__()
+        self._writer, self._converted, self._batch_bytes = writer, converted, batch_bytes
+        self._thread = self.enter_context(futures.ThreadPoolExecutor(1))
+        self._settling: futures.Future[None] | None = None
+        self._groups: list[str] = []
+        self._bytes = 0
+
+    def add(self, group: layout.Group, size: int) -> None:
+        """Take a group that is written, and settle all of them when they are many bytes."""
+        self._groups.append(group.name)
+        self._bytes += size
+        if self._bytes >= self._batch_bytes:
+            self._begin()
+
+    def finish(self) -> None:
+        """Return when everything is durable."""
+        self._begin()
+        self._wait()
+
+    def _begin(self) -> None:
+        self._wait()
+        self._settling = self._thread.submit(self._settle, self._groups)
+        self._groups, self._bytes = [], 0
+
+    def _wait(self) -> None:
+        if self._settling:
+            self._settling.result()
+
+    def _settle(self, groups: list[str]) -> None:
+        self._writer.sync()
+        self._converted.add(*groups)
 
 
 def describe_checkpoint(

@@ -9,13 +9,16 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        self.done = {line.rstrip("\n") for line in lines if line.endswith("\n")}
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            os.truncate(path, len(whole))
+        self.done = set(whole.decode().splitlines())
 
-    def add(self, name: str) -> None:
-        """Record a name durably."""
+    def add(self, *names: str) -> None:
+        """Record names durably."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{name}\n")
+            file.writelines(f"{name}\n" for name in names)
             file.flush()
             os.fsync(file.fileno())
-        self.done.add(name)
+        self.done.update(names)

@@ -59,18 +59,25 @@ class Reader(contextlib.ExitStack):
         places = [self._stored[name] for name in names]
         memory = self._reserve(sum(stored.tensor.bytes for _, stored in places))
         loaded, start = [], 0
-        for descriptor, stored in places:
+        for name, (descriptor, stored) in zip(names, places, strict=True):
             view = memoryview(memory)[start : start + stored.tensor.bytes]
-            _read(descriptor, view, stored)
+            _read(descriptor, view, stored.offset, name)
+            # Each is read once: its pages are of more use to what is written.
+            os.posix_fadvise(descriptor, stored.offset, len(view), os.POSIX_FADV_DONTNEED)
             array = np.frombuffer(view, dtype=_DTYPES[stored.tensor.dtype])
             loaded.append(array.reshape(stored.tensor.shape))
             start += stored.tensor.bytes
         return loaded
 
-    def load_ahead(
+    @contextlib.contextmanager
+    def load_ahead(self, every: Iterable[Sequence[str]]) -> Iterator[Iterator[list[layout.Array]]]:
+        """Give an iterator of tensors as `load` returns, each read while the one before is used."""
+        with futures.ThreadPoolExecutor(1) as thread:
+            yield self._loaded(every, thread)
+
+    def _loaded(
         self, every: Iterable[Sequence[str]], thread: futures.Executor
     ) -> Iterator[list[layout.Array]]:
-        """Yield tensors as `load` does, the next ones being read by a thread meanwhile."""
         coming: futures.Future[list[layout.Array]] | None = None
         for names in every:
             following = thread.submit(self.load, names)
@@ -89,75 +96,99 @@ class Reader(contextlib.ExitStack):
 
 
 class Writer(contextlib.ExitStack):
-    """Writes the files of a layout; what an earlier process has written to them stays."""
+    """Writes the files of a layout from begin to end, and hashes them on the way.
+
+    What an earlier process has written to them stays.
+    """
 
     def __init__(self, folder: Path, files: layout.Layout, encoding: layout.Encoding) -> None:
         super().__init__()
         infos = files.infos(encoding)
         self._encoding = encoding
         self._placed = safetensors_file.place(infos)
-        self._descriptors = {name: self._open(folder / name, infos) for name in files.files}
-        head = safetensors_file.header(infos)
-        self._hashes = {name: hashlib.sha256(head) for name in files.files}
-
-    def _open(self, path: Path, infos: Sequence[safetensors_file.TensorInfo]) -> int:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self.callback(os.close, descriptor)
-        _allocate(descriptor, safetensors_file.size_of(infos))
-        _write(descriptor, safetensors_file.header(infos), 0)
-        return descriptor
+        hashing = self.enter_context(futures.ThreadPoolExecutor(1))
+        self._outputs = {
+            name: self.enter_context(_Output(folder / name, infos, hashing)) for name in files.files
+        }
 
     def write(self, name: str, parts: Iterable[layout.Array]) -> None:
         """Write each file's part of a tensor; raises StageError for a value beyond the dtype."""
         stored = self._placed[name]
-        for descriptor, part in zip(self._descriptors.values(), parts, strict=True):
-            if part.shape != stored.tensor.shape:
-                raise ValueError(f"{name}: {part.shape}, planned {stored.tensor.shape}")
-            if stored.tensor.dtype == layout.FP8:
-                self._write_quantized(descriptor, part, stored)
-            else:
-                self._write_blocks(descriptor, part, stored)
+        for output, part in zip(self._outputs.values(), parts, strict=True):
+            if (part.shape, output.position) != (stored.tensor.shape, stored.offset):
+                raise ValueError(f"{name}: {part.shape} at {output.position}, planned {stored}")
+            for block in _encoded(part, stored.tensor):
+                output.write(block)
 
-    def _write_blocks(
-        self, descriptor: int, part: layout.Array, stored: safetensors_file.Stored
-    ) -> None:
-        offset = stored.offset
-        for block in _blocks(part):
-            content = _bytes_of(block, stored.tensor)
-            _write(descriptor, content, offset)
-            offset += len(content)
-
-    def _write_quantized(
-        self, descriptor: int, part: layout.Array, stored: safetensors_file.Stored
-    ) -> None:
-        scales = self._placed[layout.scale_name(stored.tensor.name)]
-        places = [stored.offset, scales.offset]
-        for block in _blocks(part):
-            for number, array in enumerate(quantize(block)):
-                content = array.reshape(-1).view(np.uint8).data
-                _write(descriptor, content, places[number])
-                places[number] += len(content)
+    def skip(self, group: layout.Group) -> None:
+        """Go behind a group that an earlier process has written."""
+        infos = [info for tensor in group.tensors for info in tensor.infos(self._encoding)]
+        end = self._placed[infos[-1].name].offset + infos[-1].bytes
+        for output in self._outputs.values():
+            output.skip_to(end)
 
     def sync(self) -> None:
         """Make everything that was written durable."""
-        for descriptor in self._descriptors.values():
-            os.fdatasync(descriptor)
-
-    def hash(self, group: layout.Group) -> None:
-        """Take the group that is next in every file into the file's SHA-256."""
-        infos = [info for tensor in group.tensors for info in tensor.infos(self._encoding)]
-        first, last = self._placed[infos[0].name], self._placed[infos[-1].name]
-        end = last.offset + last.tensor.bytes
-        for name, descriptor in self._descriptors.items():
-            for start in range(first.offset, end, _BLOCK_BYTES):
-                # Just written, it is still in memory.
-                block = os.pread(descriptor, min(_BLOCK_BYTES, end - start), start)
-                self._hashes[name].update(block)
+        for output in self._outputs.values():
+            output.sync()
 
     @property
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of every file, once all groups are hashed."""
-        return {name: found.hexdigest() for name, found in self._hashes.items()}
+        """Return the SHA-256 of every file, once all groups are there."""
+        return {name: output.digest for name, output in self._outputs.items()}
+
+
+class _Output(contextlib.ExitStack):
+    """A file that is written in order; a block is hashed while the kernel takes it."""
+
+    def __init__(
+        self, path: Path, infos: Sequence[safetensors_file.TensorInfo], hashing: futures.Executor
+    ) -> None:
+        super().__init__()
+        self._path, self._hashing = path, hashing
+        self._hash = hashlib.sha256()
+        self.position = 0
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self.callback(os.close, self._descriptor)
+        _allocate(self._descriptor, safetensors_file.size_of(infos))
+        self.write(safetensors_file.header(infos))
+
+    def write(self, content: bytes | memoryview) -> None:
+        hashed = self._hashing.submit(self._hash.update, content)
+        view = memoryview(content)
+        while view:
+            count = os.pwrite(self._descriptor, view, self.position)
+            view, self.position = view[count:], self.position + count
+        hashed.result()
+
+    def skip_to(self, end: int) -> None:
+        """Hash what is there."""
+        block = memoryview(bytearray(min(_BLOCK_BYTES, end - self.position)))
+        while self.position < end:
+            view = block[: end - self.position]
+            _read(self._descriptor, view, self.position, self._path.name)
+            self._hash.update(view)
+            self.position += len(view)
+
+    def sync(self) -> None:
+        os.fdatasync(self._descriptor)
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _encoded(part: layout.Array, tensor: safetensors_file.TensorInfo) -> Iterator[memoryview]:
+    """Yield a part's bytes as they lie in the file, FP8's scales behind its values."""
+    if tensor.dtype != layout.FP8:
+        yield from (_bytes_of(block, tensor) for block in _blocks(part))
+        return
+    scales = []
+    for block in _blocks(part):
+        values, found = quantize(block)
+        scales.append(found)
+        yield values.reshape(-1).view(np.uint8).data
+    yield np.concatenate(scales).view(np.uint8).data
 
 
 def quantize(rows: layout.Array) -> tuple[layout.Array, layout.Array]:
@@ -200,21 +231,13 @@ def _allocate(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def _read(descriptor: int, view: memoryview, stored: safetensors_file.Stored) -> None:
-    offset = stored.offset
+def _read(descriptor: int, view: memoryview, offset: int, name: str) -> None:
     while view:
         count = os.preadv(descriptor, [view], offset)
         if not count:
             raise errors.StageError(
                 errors.Reason.DIGEST_MISMATCH,
-                f"the file of {stored.tensor.name} ends within it",
+                f"the file of {name} ends within it",
                 remedy="copy the file again; it is cut short",
             )
-        view, offset = view[count:], offset + count
-
-
-def _write(descriptor: int, content: bytes | memoryview, offset: int) -> None:
-    view = memoryview(content)
-    while view:
-        count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count

@@ -164,9 +164,9 @@ def test_after_a_stop_anywhere_the_rest_is_done_and_nothing_twice(
     rng = random.Random(3)
     add, original = journal.Journal.add, tensor_stream.Writer.write
 
-    def recorded(self, name):
-        done.append(name)
-        add(self, name)
+    def recorded(self, *names):
+        done.extend(names)
+        add(self, *names)
 
     def deadly(self, name, parts):
         if rng.random() < 0.08:
@@ -194,7 +194,10 @@ def test_after_a_stop_anywhere_the_rest_is_done_and_nothing_twice(
 def test_a_torn_line_of_the_journal_does_not_count(tmp_path):
     path = tmp_path / "journal"
     path.write_text("layer 0\nlayer")
-    assert journal.Journal(path).done == {"layer 0"}
+    opened = journal.Journal(path)
+    assert opened.done == {"layer 0"}
+    opened.add("layer 1", "layer 2")
+    assert journal.Journal(path).done == {"layer 0", "layer 1", "layer 2"}
 
 
 def test_a_shard_that_is_cut_short_is_named(checkpoint, tmp_path):
