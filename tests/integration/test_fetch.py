@@ -354,8 +354,8 @@ def test_a_killed_fetch_goes_on_where_it_was(hub, cache, published):
         hub.faults.extend([Fault(chunk_pause=0.05)] * 20)
         before = hub.sent
         process = start_fetching(hub, weights, cache)
-        while hub.sent == before:
-            assert process.poll() is None
+        # On a busy machine the tries before may have fetched everything.
+        while hub.sent == before and process.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0.1, 0.6))
         process.send_signal(signal.SIGKILL)
