@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from internvl_runtime.engine import folder, interface, worker
-from internvl_runtime.engine.pytorch import core, loading, vision
+from internvl_runtime.engine import folder, interface, stepping, worker
+from internvl_runtime.engine.pytorch import loading, vision
 from internvl_runtime.model import config, prompt
 
 TILES, WORDS, ANSWER_TOKENS, SEQUENCES = 13, 55, 64, 16
@@ -34,11 +34,11 @@ def main() -> None:
     _describe("decode", _trace(engine, 24))
 
 
-def _request(number: int, vocabulary: int) -> tuple[core.Submitted, dict[str, np.ndarray]]:
+def _request(number: int, vocabulary: int) -> tuple[stepping.Submitted, dict[str, np.ndarray]]:
     rng = random.Random(number)  # noqa: S311 - no cryptography
     length = TILES * config.TOKENS_PER_TILE
     words = [rng.randrange(5, vocabulary // 2) for _ in range(WORDS)]
-    asked = core.Submitted(
+    asked = stepping.Submitted(
         request_id=str(number),
         prompt=prompt.Prompt((*[0] * length, *words), (prompt.ImagePlacement(0, 0, length),)),
         content_hashes=[str(number)],
@@ -51,12 +51,12 @@ def _request(number: int, vocabulary: int) -> tuple[core.Submitted, dict[str, np
     return asked, {str(number): tiles}
 
 
-def _step(engine: core.Engine, count: int) -> None:
+def _step(engine: stepping.Engine, count: int) -> None:
     for _ in range(count):
         engine.step()
 
 
-def _trace(engine: core.Engine, steps: int) -> dict[str, float]:
+def _trace(engine: stepping.Engine, steps: int) -> dict[str, float]:
     """Return calls for each step, by name."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()

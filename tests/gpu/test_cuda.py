@@ -14,7 +14,7 @@ import pytest
 import torch
 from asking import answer_alone, ask, assert_equal_but_for_ties, collect, picture, words
 from internvl_runtime.artifacts import shapes, tensors
-from internvl_runtime.engine import interface
+from internvl_runtime.engine import interface, stepping
 from internvl_runtime.engine.pytorch import attention, loading, products, weights
 from internvl_runtime.model import config, tensor_parallel
 
@@ -167,7 +167,7 @@ def test_cuda_equals_the_cpu_in_float32(load, family):
     engine = load(model, torch.float32)
     for request, tiles in asked:
         tokens, margins = answer_alone(cpu, request, tiles)
-        given = [t for step in engine.answer(request, tiles) for t in step.token_ids]
+        given = [t for step in stepping.answer(engine, request, tiles) for t in step.token_ids]
         assert_equal_but_for_ties(given, tokens, margins, tie=TIES[torch.float32])
 
 

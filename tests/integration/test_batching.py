@@ -8,7 +8,7 @@ import pytest
 import torch
 from asking import answer_alone, ask, assert_equal_but_for_ties, collect, picture, words
 from internvl_runtime import errors
-from internvl_runtime.engine import folder, interface
+from internvl_runtime.engine import folder, interface, stepping
 from internvl_runtime.engine.pytorch import attention, loading
 from internvl_runtime.model import tensor_parallel
 
@@ -130,14 +130,14 @@ def test_a_second_turn_computes_nothing_twice(load, context):
     opening = [words(rng, 30), first, words(rng, 9), second, words(rng, 5)]
     engine = load(max_batch_size=4)
     request, tiles = ask("one", opening, context=context)
-    answer = [t for step in engine.answer(request, tiles) for t in step.token_ids]
+    answer = [t for step in stepping.answer(engine, request, tiles) for t in step.token_ids]
     computed = sum(report.tokens for report in engine.take_reports())
     passes = engine.runner.tower_passes
 
     later = [*opening, answer, words(rng, 12)]
     request, tiles = ask("two", later, context=context)
     # No tiles: the worker would have to ask for them.
-    steps = list(engine.answer(request))
+    steps = list(stepping.answer(engine, request))
     again = sum(report.prefill_tokens for report in engine.take_reports())
     cached = steps[0].start.cached_tokens
     # The last token of an answer is never fed back, and so not in the cache.
@@ -157,7 +157,7 @@ def test_pictures_never_mix(load, context):
         request, tiles = ask(f"r{number}", [ids, picture(30 + number), ids], context=context)
         cold = load(max_batch_size=1)
         tokens, margins = answer_alone(cold, request, tiles)
-        given = [t for step in engine.answer(request, tiles) for t in step.token_ids]
+        given = [t for step in stepping.answer(engine, request, tiles) for t in step.token_ids]
         assert_equal_but_for_ties(given, tokens, margins, tie=TIE)
 
 
@@ -215,11 +215,11 @@ def test_a_request_that_no_memory_is_enough_for_is_refused_and_others_go_on(load
     assert "not enough memory" in str(made[-1].error)
     engine.runner._attend = inner
     request, tiles = ask("small", [[5, 6, 7]], context=context)
-    assert len(list(engine.answer(request, tiles))) == 8
+    assert len(list(stepping.answer(engine, request, tiles))) == 8
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers(load, context):
     engine = load(tokens=512, max_batch_size=2, max_sequence_tokens=512)
     engine._max_sequence_tokens = 4096
     with pytest.raises(errors.RequestError, match=r"600 prompt tokens and 8 .* 512 tokens"):
-        list(engine.answer(*ask("r", [[5] * 600], context=context)))
+        list(stepping.answer(engine, *ask("r", [[5] * 600], context=context)))

@@ -7,8 +7,7 @@ import numpy as np
 import pictures
 import pytest
 import runtime_process
-from internvl_runtime.engine import interface
-from internvl_runtime.engine.pytorch import core
+from internvl_runtime.engine import interface, stepping
 from internvl_runtime.model import config, prompt, tokenizer
 from internvl_runtime.vision import grid, tiles
 
@@ -92,7 +91,7 @@ def request_of(prompt_ids, context, cut):
         position = prompt_ids.index(context, position)
         placements.append(prompt.ImagePlacement(index, position, 256 * len(own)))
         position += 256 * len(own)
-    return core.Submitted(
+    return stepping.Submitted(
         request_id="r",
         prompt=prompt.Prompt(tuple(prompt_ids), tuple(placements)),
         content_hashes=in_process.hashes_of(cut),

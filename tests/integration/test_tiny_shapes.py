@@ -11,8 +11,7 @@ import pytest
 import runtime_process
 import shape_questions
 from internvl_runtime.artifacts import source
-from internvl_runtime.engine import folder, interface
-from internvl_runtime.engine.pytorch import core
+from internvl_runtime.engine import folder, interface, stepping
 from internvl_runtime.model import conversation, prompt, tokenizer
 from internvl_runtime.vision import grid, tiles
 from tiny_shapes import questions, scenes
@@ -137,7 +136,7 @@ class InProcess:
 
     def ask(self, question, cut, segments=None):
         segments = segments or conversation.render(question.turns)
-        request = core.Submitted(
+        request = stepping.Submitted(
             request_id="r",
             prompt=prompt.expand(segments, tiles=[len(own) for own in cut], tokens=self.tokens),
             content_hashes=in_process.hashes_of(cut),

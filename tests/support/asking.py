@@ -4,8 +4,7 @@ import dataclasses
 
 import in_process
 import numpy as np
-from internvl_runtime.engine import interface
-from internvl_runtime.engine.pytorch import core
+from internvl_runtime.engine import interface, stepping
 from internvl_runtime.model import config, prompt
 
 
@@ -26,7 +25,7 @@ def ask(name, parts, *, context, max_tokens=8, **rest):
             ids += part
     hashes = in_process.hashes_of(cut)
     sampling = rest.pop("sampling", interface.Sampling(max_tokens=max_tokens, temperature=0.0))
-    request = core.Submitted(
+    request = stepping.Submitted(
         request_id=name,
         prompt=prompt.Prompt(tuple(ids), tuple(placements)),
         content_hashes=hashes,
@@ -51,7 +50,7 @@ def collect(engine, answers, until=None):
 def answer_alone(engine, request, tiles):
     """Tokens, and how much better each was than the next best."""
     sampling = dataclasses.replace(request.sampling, log_probabilities=2)
-    steps = list(engine.answer(dataclasses.replace(request, sampling=sampling), tiles))
+    steps = list(stepping.answer(engine, dataclasses.replace(request, sampling=sampling), tiles))
     told = [step.log_probabilities[0].top for step in steps]
     margins = [best[1] - second[1] for best, second in told]
     return [token for step in steps for token in step.token_ids], margins

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 
 import numpy as np
-from internvl_runtime.engine import folder
+from internvl_runtime.engine import folder, stepping
 from internvl_runtime.engine.pytorch import loading
 
 
@@ -27,7 +27,7 @@ def hashes_of(cut):
 def tokens_of(engine, request, cut):
     """Return the tokens of one request, answered alone."""
     tiles = dict(zip(hashes_of(cut), cut, strict=True))
-    return [token for step in engine.answer(request, tiles) for token in step.token_ids]
+    return [token for step in stepping.answer(engine, request, tiles) for token in step.token_ids]
 
 
 def logits_of(engine, request, cut):

@@ -10,8 +10,7 @@ import numpy.typing as npt
 import torch
 
 from internvl_runtime import errors
-from internvl_runtime.engine import interface
-from internvl_runtime.engine.pytorch import core
+from internvl_runtime.engine import interface, stepping
 from internvl_runtime.model import config, conversation, prompt, tokenizer
 from internvl_runtime.vision import grid
 
@@ -28,7 +27,7 @@ units in the last place of logits of magnitude 10 in each dtype."""
 class Answered:
     """One greedy answer, and what the engine thought at each of its tokens."""
 
-    request: core.Submitted
+    request: stepping.Submitted
     token_ids: list[int]
     told: list[interface.TokenLogProbabilities]
     """For each token."""
@@ -70,7 +69,7 @@ DRAWN = {"verification": _draw()}
 
 
 def answer(
-    engine: core.Engine, model: config.ModelConfig, tokens: tokenizer.Tokenizer
+    engine: stepping.Engine, model: config.ModelConfig, tokens: tokenizer.Tokenizer
 ) -> list[Answered]:
     """Answer an image prompt and a text prompt, greedily.
 
@@ -80,7 +79,7 @@ def answer(
 
 
 def check(
-    engine: core.Engine,
+    engine: stepping.Engine,
     model: config.ModelConfig,
     tokens: tokenizer.Tokenizer,
     *,
@@ -105,8 +104,8 @@ def check(
                 )
 
 
-def _answer(engine: core.Engine, request: core.Submitted) -> Answered:
-    steps = list(engine.answer(request, DRAWN))
+def _answer(engine: stepping.Engine, request: stepping.Submitted) -> Answered:
+    steps = list(stepping.answer(engine, request, DRAWN))
     told = [step.log_probabilities[0] for step in steps]
     if not all(math.isfinite(each.chosen) for each in told):
         raise errors.StageError(
@@ -122,12 +121,14 @@ def _answer(engine: core.Engine, request: core.Submitted) -> Answered:
     return Answered(request, token_ids, told, features)
 
 
-def _requests(model: config.ModelConfig, tokens: tokenizer.Tokenizer) -> Iterator[core.Submitted]:
+def _requests(
+    model: config.ModelConfig, tokens: tokenizer.Tokenizer
+) -> Iterator[stepping.Submitted]:
     for name, parts in (("image", (conversation.Image(0), _QUESTION)), ("text", (_QUESTION,))):
         turns = conversation.place_images([conversation.Turn(conversation.Role.USER, parts)])
         segments = conversation.render(turns, system_message=model.system_message)
         sampling = interface.Sampling(max_tokens=_TOKENS, temperature=0.0, log_probabilities=_TOP)
-        yield core.Submitted(
+        yield stepping.Submitted(
             request_id=name,
             prompt=prompt.expand(segments, tiles=[grid.Grid(2, 1).tiles], tokens=tokens),
             content_hashes=list(DRAWN),

@@ -21,8 +21,16 @@ import msgspec
 import torch
 
 from internvl_runtime import errors
-from internvl_runtime.engine import channel, device, folder, grammar, interface, verification
-from internvl_runtime.engine.pytorch import core, loading, vision
+from internvl_runtime.engine import (
+    channel,
+    device,
+    folder,
+    grammar,
+    interface,
+    stepping,
+    verification,
+)
+from internvl_runtime.engine.pytorch import loading, vision
 from internvl_runtime.model import prompt, tokenizer
 
 logger = logging.getLogger(__name__)
@@ -99,7 +107,7 @@ class Worker:
         """Ask the server for a picture."""
         self._send(channel.LoadPicture(request_id, index))
 
-    def run(self, engine: core.Engine) -> None:
+    def run(self, engine: stepping.Engine) -> None:
         """Answer until `Stop`; runs in a thread of its own."""
         is_waiting = True
         while True:
@@ -120,7 +128,7 @@ class Worker:
             commands.append(self._inbox.get())
         return commands
 
-    def _tell(self, steps: Sequence[interface.Step], engine: core.Engine) -> None:
+    def _tell(self, steps: Sequence[interface.Step], engine: stepping.Engine) -> None:
         reports = tuple(engine.take_reports())
         if self._step_log:
             for report in reports:
@@ -129,7 +137,7 @@ class Worker:
             self._send(channel.Steps(tuple(map(_to_result, steps)), reports))
 
 
-def _apply(command: Command, engine: core.Engine) -> None:
+def _apply(command: Command, engine: stepping.Engine) -> None:
     match command:
         case channel.Submit():
             engine.submit(_to_submitted(command, matcher=None))
@@ -150,8 +158,8 @@ def load(
     tokens: tokenizer.Tokenizer,
     *,
     options: loading.Options,
-    load_picture: core.LoadPicture | None = None,
-) -> core.Engine:
+    load_picture: stepping.LoadPicture | None = None,
+) -> stepping.Engine:
     """Load an engine and repeat its recorded answers."""
     engine = loading.load_engine(
         opened.checkpoint,
@@ -174,8 +182,8 @@ def load(
 
 
 def _load(
-    engine_dir: Path, options: loading.Options, load_picture: core.LoadPicture
-) -> tuple[core.Engine, grammar.Compiler]:
+    engine_dir: Path, options: loading.Options, load_picture: stepping.LoadPicture
+) -> tuple[stepping.Engine, grammar.Compiler]:
     opened = folder.open_engine(engine_dir)
     tokens = opened.load_tokenizer()
     engine = load(opened, tokens, options=options, load_picture=load_picture)
@@ -199,7 +207,7 @@ async def serve(
             await writer.drain()
             return
         _start_receiving_tiles(socket, worker)
-        writer.write(channel.encode(channel.Ready(channel.VERSION, engine.scheduler.pool.count)))
+        writer.write(channel.encode(channel.Ready(channel.VERSION, engine.blocks)))
         running = loop.run_in_executor(thread, worker.run, engine)
         receiving = asyncio.ensure_future(_receive(reader, Desk(worker, grammars)))
         beating = asyncio.ensure_future(_beat(writer, worker, engine))
@@ -272,14 +280,14 @@ async def _receive(reader: asyncio.StreamReader, desk: Desk) -> None:
         desk.take(message)
 
 
-async def _beat(writer: asyncio.StreamWriter, worker: Worker, engine: core.Engine) -> None:
+async def _beat(writer: asyncio.StreamWriter, worker: Worker, engine: stepping.Engine) -> None:
     while True:
         await asyncio.sleep(_HEARTBEAT_SECONDS)
         writer.write(channel.encode(channel.Heartbeat(worker.step_seconds, engine.load())))
 
 
-def _to_submitted(submit: channel.Submit, *, matcher: grammar.Matcher | None) -> core.Submitted:
-    return core.Submitted(
+def _to_submitted(submit: channel.Submit, *, matcher: grammar.Matcher | None) -> stepping.Submitted:
+    return stepping.Submitted(
         request_id=submit.request_id,
         prompt=prompt.Prompt(submit.token_ids, submit.placements),
         content_hashes=submit.content_hashes,

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from internvl_runtime import errors
-from internvl_runtime.engine import interface
+from internvl_runtime.engine import gallery, interface, stepping
 from internvl_runtime.engine.pytorch import (
     block_pool,
     core,
-    gallery,
     runner,
     sampler,
     scheduler,
@@ -72,7 +71,7 @@ class Setting:
             placements.append(prompt.ImagePlacement(index, len(ids), length))
             ids += [9] * length
         self.engine.submit(
-            core.Submitted(
+            stepping.Submitted(
                 request_id=name,
                 prompt=prompt.Prompt((*ids, 7), tuple(placements)),
                 content_hashes=list(pictures),

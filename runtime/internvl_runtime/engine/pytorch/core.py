@@ -9,20 +9,14 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from internvl_runtime import errors
-from internvl_runtime.engine import grammar, interface, sampling
-from internvl_runtime.engine.pytorch import (
-    block_pool,
-    gallery,
-    runner,
-    sampler,
-    scheduler,
-)
-from internvl_runtime.model import config, prompt
+from internvl_runtime.engine import gallery, interface, sampling, stepping
+from internvl_runtime.engine.pytorch import block_pool, runner, sampler, scheduler
+from internvl_runtime.model import config
 
 logger = logging.getLogger(__name__)
 
@@ -32,26 +26,11 @@ _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS
 """In errors of torch on the CPU, of CUDA, and of cuBLAS and cuDNN."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Submitted:
-    """A request as the engine gets it: pictures by content hash."""
-
-    request_id: str
-    prompt: prompt.Prompt
-    content_hashes: Sequence[str]
-    """Of picture i of the request."""
-    sampling: interface.Sampling
-    stop_token_ids: frozenset[int]
-    matcher: grammar.Matcher | None = None
-    """Follows the answer through its grammar."""
-    priority: int = 0
-
-
 @dataclasses.dataclass(eq=False)
 class _Answer:
     """What the engine keeps of a request besides its sequence."""
 
-    request: Submitted
+    request: stepping.Submitted
     sequence: scheduler.Sequence_
     arrived: float
     seen: sampler.Seen | None = None
@@ -77,10 +56,6 @@ class _RowError(Exception):
         self.error = error
 
 
-LoadPicture = Callable[[str, int], None]
-"""Asks for picture `index` of a request; `put_tiles` or `fail_picture` brings the answer."""
-
-
 class Engine:
     """Answers requests in batches."""
 
@@ -91,7 +66,7 @@ class Engine:
         pool: block_pool.BlockPool,
         pictures: gallery.Gallery,
         *,
-        load: LoadPicture,
+        load: stepping.LoadPicture,
         lag: int,
         max_sequence_tokens: int,
         clock: Callable[[], float] = time.monotonic,
@@ -111,6 +86,16 @@ class Engine:
         self._failed: list[interface.Step] = []
         self._good_steps = 0
         self._may_ask = True
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the key/value cache."""
+        return self.scheduler.pool.count
+
+    @property
+    def follows_grammars(self) -> bool:
+        """Whether it takes constraints as they are: matchers follow them."""
+        return False
 
     @property
     def is_busy(self) -> bool:
@@ -137,7 +122,9 @@ class Engine:
         reports, self._reports = self._reports, []
         return reports
 
-    def submit(self, request: Submitted, tiles: Mapping[str, gallery.Tiles] | None = None) -> None:
+    def submit(
+        self, request: stepping.Submitted, tiles: Mapping[str, gallery.Tiles] | None = None
+    ) -> None:
         """Queue a request; one that can not be answered gets a step with an error.
 
         `tiles` are of pictures that are at hand already, by content hash.
@@ -147,9 +134,9 @@ class Engine:
         try:
             self._submit(request)
         except errors.RuntimeBaseError as e:
-            self._failed.append(_failure(request.request_id, e))
+            self._failed.append(stepping.failure(request.request_id, e))
 
-    def _submit(self, request: Submitted) -> None:
+    def _submit(self, request: stepping.Submitted) -> None:
         token_ids = request.prompt.token_ids
         room = self._max_sequence_tokens - len(token_ids)
         max_tokens = min(request.sampling.max_tokens, room)
@@ -177,7 +164,7 @@ class Engine:
 
     def refuse(self, request_id: str, error: errors.RuntimeBaseError) -> None:
         """Answer a request that never began with an error."""
-        self._failed.append(_failure(request_id, error))
+        self._failed.append(stepping.failure(request_id, error))
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; one that has ended is none."""
@@ -214,23 +201,15 @@ class Engine:
         self._failed = []
         return made
 
-    def answer(
-        self, request: Submitted, tiles: Mapping[str, gallery.Tiles] | None = None
-    ) -> Iterator[interface.Step]:
-        """Yield the steps of one request, run alone. Raises its error."""
-        self.submit(request, tiles)
-        while self.has_work:
-            for step in self.step():
-                if step.error:
-                    raise step.error
-                yield step
-
     def reset(self) -> None:
         """Forget what answered requests have left: blocks, features, counts."""
         self.scheduler.reset()
         self.pictures.shrink(0, needed=())
         self.pictures.hits = self.pictures.lookups = 0
         self.take_reports()
+
+    def close(self) -> None:
+        """End what the engine has started: nothing."""
 
     def _can_start(self, sequence: scheduler.Sequence_, cached_tokens: int) -> bool:
         """Whether the pictures behind the cached tokens are at hand; asks for them."""
@@ -421,7 +400,7 @@ class Engine:
 
     def _fail(self, request_id: str, error: errors.RuntimeBaseError) -> None:
         self._end(request_id)
-        self._failed.append(_failure(request_id, error))
+        self._failed.append(stepping.failure(request_id, error))
 
     def _give_up(self, step: scheduler.Step) -> None:
         """Fail the requests of a step; raises, and ends the worker, where the device is lost."""
@@ -502,7 +481,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _unexpected() -> errors.EngineUnavailableError:
     return errors.EngineUnavailableError("this request failed; the server's log says why")
-
-
-def _failure(request_id: str, error: errors.RuntimeBaseError) -> interface.Step:
-    return interface.Step(request_id=interface.RequestId(request_id), token_ids=(), error=error)

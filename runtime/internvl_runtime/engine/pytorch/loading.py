@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from internvl_runtime import errors
-from internvl_runtime.engine import interface
+from internvl_runtime.engine import gallery, interface, stepping
 from internvl_runtime.engine.pytorch import (
     attention,
     block_pool,
     core,
     flashinfer,
-    gallery,
     language,
     runner,
     sampler,
@@ -64,7 +63,7 @@ def load_engine(
     options: Options,
     device: str = "cpu",
     kernels: Path | None = None,
-    load_picture: core.LoadPicture | None = None,
+    load_picture: stepping.LoadPicture | None = None,
 ) -> core.Engine:
     """Load a checkpoint, with the compiled modules in the folder `kernels`.
 

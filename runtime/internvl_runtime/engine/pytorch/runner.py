@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
+from internvl_runtime.engine import gallery
 from internvl_runtime.engine.pytorch import (
     attention,
-    gallery,
     language,
     sampler,
     scheduler,
