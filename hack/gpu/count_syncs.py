@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from internvl_runtime.engine import folder, interface, stepping, worker
-from internvl_runtime.engine.pytorch import loading, vision
+from internvl_runtime.engine import folder, interface, pixels, stepping, worker
+from internvl_runtime.engine.pytorch import loading
 from internvl_runtime.model import config, prompt
 
 TILES, WORDS, ANSWER_TOKENS, SEQUENCES = 13, 55, 64, 16
@@ -46,7 +46,7 @@ def _request(number: int, vocabulary: int) -> tuple[stepping.Submitted, dict[str
         stop_token_ids=frozenset(),
     )
     tiles = np.random.default_rng(number).integers(
-        0, 256, (TILES, *vision.TILE_SHAPE), dtype=np.uint8
+        0, 256, (TILES, *pixels.TILE_SHAPE), dtype=np.uint8
     )
     return asked, {str(number): tiles}
 

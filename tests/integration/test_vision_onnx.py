@@ -6,6 +6,7 @@ import onnxruntime
 import pytest
 import torch
 from internvl_runtime.artifacts import convert, layout, safetensors_file, shapes, vision_onnx
+from internvl_runtime.engine import pixels
 from internvl_runtime.engine.pytorch import vision, weights
 from internvl_runtime.model import config
 
@@ -40,8 +41,8 @@ def test_onnxruntime_gives_the_towers_features(checkpoint, tmp_path, capsys):
         tiles = torch.from_numpy(drawn)
         with torch.inference_mode():
             expected = tower.encode(tiles).numpy()
-        pixels = vision.normalize(tiles, dtype=torch.float32).numpy()
-        (features,) = session.run([vision_onnx.OUTPUT], {vision_onnx.INPUT: pixels})
+        given = pixels.normalize(tiles, dtype=torch.float32).numpy()
+        (features,) = session.run([vision_onnx.OUTPUT], {vision_onnx.INPUT: given})
         error = np.abs(features - expected).max()
         with capsys.disabled():
             print(f" [{count} tiles: max abs error {error:.2e}]", end="")

@@ -227,7 +227,7 @@ class Step:
     """One for each token, where the request asks for them."""
     finish_reason: FinishReason | None = None
     start: Start | None = None
-    """Comes with the first token."""
+    """Comes once, with the first token where the engine can tell then."""
     error: errors.RuntimeBaseError | None = None
     """Why the request was given up; no further step follows."""
 

@@ -22,9 +22,8 @@ class Submitted:
     """Of picture i of the request."""
     sampling: interface.Sampling
     stop_token_ids: frozenset[int]
-    constraint: interface.Constraint | None = None
     matcher: grammar.Matcher | None = None
-    """Follows the answer through its grammar, for an engine that compiles none itself."""
+    """Follows the answer through its grammar."""
     priority: int = 0
 
 
@@ -36,11 +35,6 @@ class Engine(Protocol):
     @property
     def blocks(self) -> int:
         """Blocks of the key/value cache."""
-        ...
-
-    @property
-    def follows_grammars(self) -> bool:
-        """Whether it takes constraints as they are, without a matcher."""
         ...
 
     @property

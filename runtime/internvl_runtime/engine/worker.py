@@ -27,10 +27,11 @@ from internvl_runtime.engine import (
     folder,
     grammar,
     interface,
+    pixels,
     stepping,
     verification,
 )
-from internvl_runtime.engine.pytorch import loading, vision
+from internvl_runtime.engine.pytorch import loading
 from internvl_runtime.model import prompt, tokenizer
 
 logger = logging.getLogger(__name__)
@@ -228,7 +229,7 @@ def _start_receiving_tiles(socket: Path, worker: Worker) -> None:
     def receive() -> None:
         # The server ends a worker that does not take tiles.
         with connected:
-            while received := channel.receive_tiles(connected, vision.TILE_SHAPE):
+            while received := channel.receive_tiles(connected, pixels.TILE_SHAPE):
                 worker.put(Tiles(*received))
 
     threading.Thread(target=receive, name="tiles", daemon=True).start()

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from internvl_runtime.engine.pytorch import scheduler, transfer
+from internvl_runtime.engine import transfer
+from internvl_runtime.engine.pytorch import scheduler
 from internvl_runtime.engine.pytorch.block_pool import BLOCK_TOKENS
 from internvl_runtime.model import tensor_parallel
 

@@ -93,11 +93,6 @@ class Engine:
         return self.scheduler.pool.count
 
     @property
-    def follows_grammars(self) -> bool:
-        """Whether it takes constraints as they are: matchers follow them."""
-        return False
-
-    @property
     def is_busy(self) -> bool:
         """Whether another step would do something without anything new."""
         return bool(self._under_way or self._failed or self.scheduler.running)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from internvl_runtime import errors
-from internvl_runtime.engine import gallery, interface, stepping
+from internvl_runtime.engine import gallery, interface, pixels, stepping
 from internvl_runtime.engine.pytorch import (
     attention,
     block_pool,
@@ -158,8 +158,8 @@ def _free_after_largest_step(
     dry = create_runner(blocks)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    pixels = np.zeros((dry.tiles_per_pass, *vision.TILE_SHAPE), dtype=np.uint8)
-    for _ in dry.encode({"dry run": pixels}):
+    tiles = np.zeros((dry.tiles_per_pass, *pixels.TILE_SHAPE), dtype=np.uint8)
+    for _ in dry.encode({"dry run": tiles}):
         pass
     planner = scheduler.Scheduler(limits, block_pool.BlockPool(blocks), can_start=lambda *_: True)
     planner.add("dry run", [0] * limits.max_batched_tokens, max_tokens=2)

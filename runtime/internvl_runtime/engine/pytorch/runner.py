@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from internvl_runtime.engine import gallery
+from internvl_runtime.engine import gallery, transfer
 from internvl_runtime.engine.pytorch import (
     attention,
     language,
     sampler,
     scheduler,
-    transfer,
     vision,
 )
 from internvl_runtime.model import config

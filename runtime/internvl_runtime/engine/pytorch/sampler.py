@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from internvl_runtime.engine import interface, sampling
-from internvl_runtime.engine.pytorch import transfer
+from internvl_runtime.engine import interface, sampling, transfer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,10 @@ import dataclasses
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from internvl_runtime.engine.pytorch import transfer
+from internvl_runtime.engine import pixels
 from internvl_runtime.engine.pytorch import weights as loading
 from internvl_runtime.model import config
 
-TILE_SHAPE = (config.TILE_SIZE, config.TILE_SIZE, 3)
-"""Of the uint8 pixels of one tile."""
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 _PROJECTOR_EPS = 1e-5
 
 
@@ -29,19 +25,19 @@ class VisionTower:
 
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
         """Return the features of uint8 tiles [N, 448, 448, 3]: [N, 256, hidden of the LLM]."""
-        hidden = self._embed(normalize(tiles, dtype=self.weights["mlp1.0.weight"].dtype))
+        hidden = self._embed(pixels.normalize(tiles, dtype=self.weights["mlp1.0.weight"].dtype))
         encoder = self.weights.below("vision_model.encoder.layers")
         for layer in encoder.layers(self.vision.num_hidden_layers):
             hidden = hidden + self._attend(self._norm(hidden, layer, "norm1"), layer) * layer["ls1"]
             hidden = hidden + _mlp(self._norm(hidden, layer, "norm2"), layer) * layer["ls2"]
         return self._project(pixel_shuffle(hidden[:, 1:]))
 
-    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _embed(self, tiles: torch.Tensor) -> torch.Tensor:
         embeddings = self.weights.below("vision_model.embeddings")
         kernel, bias = embeddings["patch_embedding.weight"], embeddings["patch_embedding.bias"]
-        patches = F.conv2d(pixels, kernel, bias, stride=config.PATCH_SIZE)
+        patches = F.conv2d(tiles, kernel, bias, stride=config.PATCH_SIZE)
         patches = patches.flatten(2).transpose(1, 2)
-        class_token = embeddings["class_embedding"].expand(len(pixels), 1, -1)
+        class_token = embeddings["class_embedding"].expand(len(tiles), 1, -1)
         return torch.cat([class_token, patches], dim=1) + embeddings["position_embedding"]
 
     def _norm(self, hidden: torch.Tensor, layer: loading.Weights, name: str) -> torch.Tensor:
@@ -74,14 +70,6 @@ class VisionTower:
         tokens = F.layer_norm(tokens, norm.shape, norm, mlp["0.bias"], _PROJECTOR_EPS)
         tokens = F.gelu(F.linear(tokens, mlp["1.weight"], mlp["1.bias"]))
         return F.linear(tokens, mlp["3.weight"], mlp["3.bias"])
-
-
-def normalize(tiles: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
-    """Scale, normalize in float32 and round once: uint8 NHWC to `dtype` NCHW."""
-    pixels = tiles.permute(0, 3, 1, 2).to(torch.float32) / 255
-    scales = transfer.upload(torch.tensor([_MEAN, _STD]), tiles.device)
-    mean, std = scales.view(2, 3, 1, 1).unbind()
-    return ((pixels - mean) / std).to(dtype)
 
 
 def pixel_shuffle(hidden: torch.Tensor) -> torch.Tensor:

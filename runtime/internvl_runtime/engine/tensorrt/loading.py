@@ -1,0 +1,106 @@
+"""Loads both engines: TensorRT's of the tower, then TensorRT-LLM's executor, which takes the rest
+of the GPU's memory for keys and values."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from internvl_runtime import errors
+from internvl_runtime.engine import gallery, interface, stepping
+from internvl_runtime.engine.tensorrt import built as builts
+from internvl_runtime.engine.tensorrt import core, vision
+
+logger = logging.getLogger(__name__)
+
+_WAITING_TILES = 512
+"""Tiles that may wait for the tower: 294 MiB."""
+_FREE_MEMORY_SHARE = 0.9
+"""Of the memory that is free once both engines are loaded, for keys and values: the executor's
+own default; the rest is for its buffers of a step."""
+_STATISTICS = 1000
+"""Iterations whose statistics wait for us."""
+
+
+def load_engine(
+    folder: Path,
+    limits: interface.EngineLimits,
+    *,
+    picture_cache_bytes: int,
+    kv_cache_bytes: int = 0,
+    load_picture: stepping.LoadPicture | None = None,
+    tells_logits: bool = False,
+) -> core.Engine:
+    """Load the engines of a folder; `kv_cache_bytes` 0 takes what is free.
+
+    Raises EngineIncompatibleError and StageError where they can not be loaded.
+    """
+    built = builts.read(folder / builts.LANGUAGE_FOLDER)
+    tower = vision.Tower(
+        folder / builts.VISION_FILE, dtype=built.dtype, hidden_size=built.hidden_size
+    )
+    from tensorrt_llm.bindings import executor as module
+
+    config = _executor_config(
+        module, limits, kv_cache_bytes=kv_cache_bytes, tells_logits=tells_logits
+    )
+    executor = _create(module, folder / builts.LANGUAGE_FOLDER, config)
+    return core.Engine(
+        module,
+        executor,
+        built,
+        tower,
+        gallery.Gallery(max_feature_bytes=picture_cache_bytes, max_waiting_tiles=_WAITING_TILES),
+        load=load_picture or _load_nothing,
+        tells_logits=tells_logits,
+    )
+
+
+def _executor_config(
+    module: Any,
+    limits: interface.EngineLimits,
+    *,
+    kv_cache_bytes: int,
+    tells_logits: bool,
+) -> Any:
+    return module.ExecutorConfig(
+        max_batch_size=limits.max_batch_size,
+        max_num_tokens=limits.max_batched_tokens,
+        # Prompts longer than a step are computed in pieces, beside other answers' tokens.
+        enable_chunked_context=True,
+        # A log-probability is told of the whole vocabulary, not of the tokens that top_k leaves.
+        normalize_log_probs=False,
+        iter_stats_max_iterations=_STATISTICS,
+        batching_type=module.BatchingType.INFLIGHT,
+        scheduler_config=module.SchedulerConfig(
+            capacity_scheduler_policy=module.CapacitySchedulerPolicy.MAX_UTILIZATION
+        ),
+        kv_cache_config=module.KvCacheConfig(
+            enable_block_reuse=True,
+            free_gpu_memory_fraction=None if kv_cache_bytes else _FREE_MEMORY_SHARE,
+            max_gpu_total_bytes=kv_cache_bytes,
+        ),
+        gather_generation_logits=tells_logits,
+    )
+
+
+def _create(module: Any, folder: Path, config: Any) -> Any:
+    try:
+        return module.Executor(folder, module.ModelType.DECODER_ONLY, config)
+    except Exception as e:
+        words = str(e)
+        logger.exception("the executor does not load the engine")
+        if "out of memory" in words.lower():
+            raise errors.StageError(
+                errors.Reason.OUT_OF_GPU_MEMORY,
+                f"the engine does not fit into the GPU: {words[:500]}",
+                remedy="build it with a smaller maxBatchSize or maxSequenceTokens, raise "
+                "tensorParallelSize, or use a larger GPU",
+            ) from e
+        raise errors.EngineIncompatibleError(
+            f"TensorRT-LLM does not load the engine: {words[:500]}",
+            remedy="serve on the kind of GPU and with the image that the engine was built for",
+        ) from e
+
+
+def _load_nothing(request_id: str, index: int) -> None:
+    raise ValueError(f"picture {index} of {request_id} is not at hand")

@@ -1,0 +1,218 @@
+"""Requests in the executor's words: everything that it would refuse is refused here, by name.
+
+Pictures are rows of a prompt table: in the prompt, ids from the vocabulary's size
+upwards stand for them, sequentially over all tiles of all pictures.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from internvl_runtime import errors
+from internvl_runtime.engine import interface, sampling, stepping
+from internvl_runtime.engine.tensorrt import built as builts
+
+CAPABILITIES = frozenset(
+    {
+        interface.Capability.TOP_K,
+        interface.Capability.MIN_P,
+        interface.Capability.PRESENCE_PENALTY,
+        interface.Capability.FREQUENCY_PENALTY,
+        interface.Capability.REPETITION_PENALTY,
+        interface.Capability.LOG_PROBABILITIES,
+    }
+)
+"""Of the executor: it tells of the chosen token alone. How it wants a bias, and the bytes of a
+vocabulary for grammars, no published source tells well enough to rely on unseen."""
+
+
+def check(request: stepping.Submitted, built: builts.Built) -> None:
+    """Raise RequestError where a request is beyond what the engine was built for."""
+    token_ids = request.prompt.token_ids
+    rows = sum(placement.length for placement in request.prompt.placements)
+    _check_limit("prompt tokens", len(token_ids), built.max_input_tokens)
+    _check_limit("image tokens", rows, built.rows_per_request)
+    # A text token there would be taken for a row of the table.
+    beyond = next((each for each in token_ids if each >= built.vocab_size), None)
+    if beyond is not None:
+        raise errors.RequestError(
+            f"token id {beyond} is not below {built.vocab_size}, the size of the vocabulary",
+            parameter="prompt",
+            code="invalid_token",
+        )
+
+
+def _check_limit(what: str, given: int, limit: int) -> None:
+    if given > limit:
+        raise errors.RequestError(
+            f"{given} {what}, the engine was built for {limit}: send a shorter prompt or fewer "
+            "and smaller pictures",
+            parameter="messages",
+            code="context_length_exceeded",
+        )
+
+
+def create(
+    executor: Any,
+    request: stepping.Submitted,
+    features: Mapping[str, torch.Tensor],
+    built: builts.Built,
+    *,
+    tells_logits: bool = False,
+) -> Any:
+    """Return an executor's request; `features` are [tokens, hidden] by content hash.
+
+    With `tells_logits` the answer comes at once, with the logits of each of its tokens.
+    """
+    end_id = min(request.stop_token_ids, default=None)
+    return executor.Request(
+        input_token_ids=_with_rows(request, built.vocab_size),
+        max_tokens=max_tokens(request, built),
+        streaming=not tells_logits,
+        sampling_config=executor.SamplingConfig(**_sampling(request)),
+        output_config=executor.OutputConfig(
+            return_log_probs=request.sampling.log_probabilities is not None,
+            return_generation_logits=tells_logits,
+            exclude_input_from_output=True,
+            return_perf_metrics=True,
+        ),
+        end_id=end_id,
+        stop_words=[[each] for each in sorted(request.stop_token_ids - {end_id})] or None,
+        prompt_tuning_config=_prompt_table(executor, request, features, built.dtype),
+        priority=_priority(request.priority),
+    )
+
+
+def max_tokens(request: stepping.Submitted, built: builts.Built) -> int:
+    """Return how long the answer may be: the executor would cut it with a warning."""
+    room = built.max_sequence_tokens - len(request.prompt.token_ids)
+    return min(request.sampling.max_tokens, room)
+
+
+def _with_rows(request: stepping.Submitted, vocab_size: int) -> list[int]:
+    """Return the prompt with ids of table rows where pictures are."""
+    token_ids, row = list(request.prompt.token_ids), vocab_size
+    for placement in request.prompt.placements:
+        end = placement.offset + placement.length
+        token_ids[placement.offset : end] = range(row, row + placement.length)
+        row += placement.length
+    return token_ids
+
+
+def _prompt_table(
+    executor: Any, request: stepping.Submitted, features: Mapping[str, torch.Tensor], dtype: str
+) -> Any:
+    if not request.prompt.placements:
+        return None
+    return executor.PromptTuningConfig(
+        embedding_table=_table(request, features, dtype),
+        input_token_extra_ids=extra_ids(request, len(request.prompt.token_ids)),
+    )
+
+
+def _table(
+    request: stepping.Submitted, features: Mapping[str, torch.Tensor], dtype: str
+) -> torch.Tensor:
+    """Return all rows [tokens, hidden] in the engine's dtype, on the host.
+
+    There the leader can send them to the other ranks.
+    """
+    parts = [
+        features[request.content_hashes[placement.index]] for placement in request.prompt.placements
+    ]
+    table = torch.cat(parts).to(getattr(torch, dtype)).cpu().contiguous()
+    return table.pin_memory() if torch.cuda.is_available() else table
+
+
+def extra_ids(request: stepping.Submitted, length: int) -> list[int]:
+    """Return what tells blocks with pictures apart: a picture's hash at its tokens, else 0."""
+    ids = [0] * length
+    for placement in request.prompt.placements:
+        name = request.content_hashes[placement.index]
+        end = placement.offset + placement.length
+        ids[placement.offset : end] = [_number(name) or 1] * placement.length
+    return ids
+
+
+def _sampling(request: stepping.Submitted) -> dict[str, Any]:
+    """Return what differs from the most likely token; unset numbers are the executor's own."""
+    wanted = request.sampling
+    penalties = {
+        name: value
+        for name, value, neutral in (
+            ("repetition_penalty", wanted.repetition_penalty, 1.0),
+            ("presence_penalty", wanted.presence_penalty, 0.0),
+            ("frequency_penalty", wanted.frequency_penalty, 0.0),
+        )
+        if value != neutral
+    }
+    if wanted.is_greedy:
+        return {"beam_width": 1, "top_k": 1, **penalties}
+    return {
+        "beam_width": 1,
+        "temperature": wanted.temperature,
+        # Both unset would mean the most likely token.
+        "top_k": wanted.top_k,
+        "top_p": wanted.top_p,
+        "min_p": wanted.min_p or None,
+        "seed": _number(sampling.origin_of(wanted, request.request_id)),
+        **penalties,
+    }
+
+
+def _priority(priority: int) -> float:
+    """Return a number in (0, 1) that is the higher the earlier a request is to be served."""
+    return 0.5 - priority / (2 * (1 + abs(priority)))
+
+
+def _number(name: str) -> int:
+    """Return 64 bits that depend on a name alone."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def finish_reason(executor: Any, reason: Any) -> interface.FinishReason | None:
+    """Return why an answer ended, None where it goes on."""
+    finished = executor.FinishReason
+    return {
+        finished.END_ID: interface.FinishReason.STOP,
+        finished.STOP_WORDS: interface.FinishReason.STOP,
+        finished.LENGTH: interface.FinishReason.LENGTH,
+    }.get(reason)
+
+
+def with_end(
+    executor: Any, request: stepping.Submitted, token_ids: Sequence[int], result: Any
+) -> tuple[int, ...]:
+    """Return an answer's new tokens with the one that ended it, which the executor leaves out."""
+    end_id = min(request.stop_token_ids, default=None)
+    ended = result.finish_reasons[0] == executor.FinishReason.END_ID
+    if end_id is None or not ended or (token_ids and token_ids[-1] == end_id):
+        return tuple(token_ids)
+    return (*token_ids, end_id)
+
+
+def told(
+    log_probs: Sequence[float], token_ids: Sequence[int]
+) -> tuple[interface.TokenLogProbabilities, ...]:
+    """Return what the executor tells of its newest tokens: it repeats all the earlier ones."""
+    newest = log_probs[len(log_probs) - len(token_ids) :]
+    return tuple(interface.TokenLogProbabilities(chosen=each, top=()) for each in newest)
+
+
+def told_of_logits(
+    logits: torch.Tensor, token_ids: Sequence[int], *, top: int, vocab_size: int
+) -> tuple[interface.TokenLogProbabilities, ...]:
+    """Return the log-probabilities of tokens, and the most likely ones, from [tokens, rows]."""
+    every = logits[: len(token_ids), :vocab_size].float().log_softmax(-1)
+    best = every.topk(top, dim=-1)
+    return tuple(
+        interface.TokenLogProbabilities(
+            chosen=float(row[token_id]),
+            top=tuple(zip(ids.tolist(), values.tolist(), strict=True)),
+        )
+        for row, token_id, ids, values in zip(
+            every, token_ids, best.indices, best.values, strict=True
+        )
+    )
