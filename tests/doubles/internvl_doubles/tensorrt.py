@@ -2,14 +2,15 @@
 
 The signatures are read from the docstrings of the published binding
 (`tensorrt_cu12_bindings` 10.14.1.48.post1), which imports without TensorRT over
-three stub libraries. Nothing is compiled or run: a plan is the ONNX graph with
-its weights embedded.
+three stub libraries. Nothing is compiled: a plan is the ONNX graph with its
+weights embedded, and running it is onnxruntime in float32 on the CPU.
 """
 
 import ctypes
 import functools
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -17,7 +18,10 @@ import types
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import onnx
+import onnxruntime
 
 BINDING = "tensorrt_bindings"
 PLAN = b"fake TensorRT plan: ONNX follows\n"
@@ -34,9 +38,12 @@ _SYMBOLS = {
 }  # fmt: skip
 _CLASSES = (
     "ILogger", "Logger", "Builder", "INetworkDefinition", "OnnxParser", "IBuilderConfig",
-    "IOptimizationProfile", "ITimingCache", "IProgressMonitor", "IHostMemory",
+    "IOptimizationProfile", "ITimingCache", "IProgressMonitor", "IHostMemory", "Runtime",
+    "ICudaEngine", "IExecutionContext",
 )  # fmt: skip
-_ENUMS = ("NetworkDefinitionCreationFlag", "BuilderFlag", "MemoryPoolType", "DataType")
+_ENUMS = (
+    "NetworkDefinitionCreationFlag", "BuilderFlag", "MemoryPoolType", "DataType", "TensorIOMode",
+)  # fmt: skip
 _SCALARS = {
     "int": int, "str": (str, type(None)), "bool": bool, "float": (int, float),
     "buffer": (bytes, bytearray, memoryview),
@@ -184,7 +191,103 @@ def _build(self: Any, network: Any, config: Any) -> Any:
         monitor.phase_finish("inner")
         assert monitor.step_complete("Building the engine", step) is True
     monitor.phase_finish("Building the engine")
-    return module.IHostMemory(PLAN + module.parsed.SerializeToString())
+    profile = json.dumps(config._profile._shapes).encode()
+    graph = module.parsed.SerializeToString()
+    return module.IHostMemory(PLAN + len(profile).to_bytes(8, "little") + profile + graph)
+
+
+def _set_shape(self: Any, tensor: str, *shapes: Any) -> None:
+    object.__setattr__(self, "_shapes", {tensor: [list(shape) for shape in shapes]})
+
+
+def _add_profile(self: Any, profile: Any) -> int:
+    object.__setattr__(self, "_profile", profile)
+    return 0
+
+
+def _deserialize(self: Any, serialized: bytes) -> Any:
+    module = self._module
+    if not serialized.startswith(PLAN):
+        return None
+    rest = serialized[len(PLAN) :]
+    length = int.from_bytes(rest[:8], "little")
+    engine = module.ICudaEngine.__new__(module.ICudaEngine)
+    graph = onnx.load_model_from_string(rest[8 + length :])
+    for name, value in (
+        ("_profile", json.loads(rest[8 : 8 + length])), ("_graph", graph),
+        ("_names", [graph.graph.input[0].name, graph.graph.output[0].name]),
+        ("num_io_tensors", 2),
+    ):  # fmt: skip
+        object.__setattr__(engine, name, value)
+    return engine
+
+
+def _get_mode(self: Any, name: str) -> Any:
+    modes = self._module.TensorIOMode
+    return (modes.INPUT, modes.OUTPUT)[self._names.index(name)]
+
+
+def _create_context(self: Any, *_: Any) -> Any:
+    context = self._module.IExecutionContext.__new__(self._module.IExecutionContext)
+    session = onnxruntime.InferenceSession(
+        _in_float32(self._graph).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    dtype = _DTYPES[self._graph.graph.input[0].type.tensor_type.elem_type]
+    for name, value in (
+        ("_engine", self), ("_session", session), ("_addresses", {}), ("_dtype", dtype),
+        ("_shape", None),
+    ):  # fmt: skip
+        object.__setattr__(context, name, value)
+    return context
+
+
+def _in_float32(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph whose every number is float32: no CPU has products of bfloat16."""
+    wide = onnx.ModelProto()
+    wide.CopyFrom(graph)
+    for tensor in wide.graph.initializer:
+        if tensor.data_type in _DTYPES:
+            values = np.frombuffer(tensor.raw_data, _DTYPES[tensor.data_type]).astype(np.float32)
+            tensor.raw_data, tensor.data_type = values.tobytes(), onnx.TensorProto.FLOAT
+    for node in wide.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i in _DTYPES:
+                attribute.i = onnx.TensorProto.FLOAT
+    for value in (*wide.graph.input, *wide.graph.output, *wide.graph.value_info):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    return wide
+
+
+def _set_input_shape(self: Any, name: str, shape: tuple[int, ...]) -> bool:
+    least, _, most = self._engine._profile[name]
+    fits = all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
+    object.__setattr__(self, "_shape", tuple(shape) if fits else None)
+    return fits
+
+
+def _set_address(self: Any, name: str, memory: int) -> bool:
+    self._addresses[name] = memory
+    return name in self._engine._names and memory != 0
+
+
+def _execute(self: Any, stream: int) -> bool:
+    assert stream == 0, "there is no GPU"
+    if self._shape is None or len(self._addresses) != 2:
+        return False
+    given, made = self._engine._names
+    size = int(np.prod(self._shape)) * self._dtype.itemsize
+    pixels = np.frombuffer(ctypes.string_at(self._addresses[given], size), self._dtype)
+    (features,) = self._session.run([made], {given: pixels.reshape(self._shape).astype(np.float32)})
+    content = np.ascontiguousarray(features, dtype=self._dtype).tobytes()
+    ctypes.memmove(self._addresses[made], content, len(content))
+    return True
+
+
+_DTYPES = {
+    onnx.TensorProto.FLOAT: np.dtype(np.float32),
+    onnx.TensorProto.FLOAT16: np.dtype(np.float16),
+    onnx.TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
 
 
 _SPECIAL = {
@@ -193,6 +296,19 @@ _SPECIAL = {
     ("IBuilderConfig", "set_timing_cache"): lambda self, cache, ignore: (
         not self._module.refuses_timing_cache or not getattr(cache, "_measured", True)
     ),
+    ("IOptimizationProfile", "set_shape"): _set_shape,
+    ("IBuilderConfig", "add_optimization_profile"): _add_profile,
+    ("Runtime", "deserialize_cuda_engine"): _deserialize,
+    ("ICudaEngine", "get_tensor_name"): lambda self, index: self._names[index],
+    ("ICudaEngine", "get_tensor_mode"): _get_mode,
+    ("ICudaEngine", "get_tensor_profile_shape"): lambda self, name, _: [
+        tuple(shape) for shape in self._profile[name]
+    ],
+    ("ICudaEngine", "create_execution_context"): _create_context,
+    ("IExecutionContext", "set_input_shape"): _set_input_shape,
+    ("IExecutionContext", "infer_shapes"): lambda self: [],
+    ("IExecutionContext", "set_tensor_address"): _set_address,
+    ("IExecutionContext", "execute_async_v3"): _execute,
     ("ITimingCache", "serialize"): lambda self: self._module.IHostMemory(b"timings"),
 }
 

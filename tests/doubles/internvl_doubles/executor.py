@@ -1,0 +1,560 @@
+"""A fake `tensorrt_llm.bindings.executor` of 1.2.1, strict where the real one crashes or warns.
+
+Names and keywords are those of the published binding
+(`cpp/tensorrt_llm/nanobind/executor`); rules are in the class that has them. It
+answers with the PyTorch interpreter of the rank tensors that the fake
+`trtllm-build` has embedded, batches in flight, and reuses the keys and values of
+blocks with equal tokens and extra ids, so that a wrong id gives a wrong answer.
+"""
+
+import collections
+import datetime
+import enum
+import itertools
+import json
+import threading
+import time
+import types
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from internvl_runtime.engine import interface, sampling
+from internvl_runtime.engine.pytorch import attention, block_pool, language, weights
+from internvl_runtime.model import config as configs
+
+from internvl_doubles import trtllm_build
+
+ModelType = enum.Enum("ModelType", "DECODER_ONLY ENCODER_ONLY ENCODER_DECODER")
+BatchingType = enum.Enum("BatchingType", "STATIC INFLIGHT")
+CapacitySchedulerPolicy = enum.Enum(
+    "CapacitySchedulerPolicy", "MAX_UTILIZATION GUARANTEED_NO_EVICT STATIC_BATCH"
+)
+ContextChunkingPolicy = enum.Enum("ContextChunkingPolicy", "EQUAL_PROGRESS FIRST_COME_FIRST_SERVED")
+FinishReason = enum.Enum(
+    "FinishReason", "NOT_FINISHED END_ID STOP_WORDS LENGTH TIMED_OUT CANCELLED", start=0
+)
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_STORED_BLOCKS = 4096
+_MOST_ID = 2**64
+
+
+class StrictError(TypeError):
+    """Raised for what the binding would refuse, or what the real executor crashes on."""
+
+
+def _strict(name, positional, **fields):
+    """Return a class whose constructor takes the published keywords, of the published types."""
+
+    def initialize(self, *given, **named):
+        if len(given) > len(positional):
+            raise StrictError(f"{name}: {len(given)} positional arguments")
+        named = {**dict(zip(positional, given, strict=False)), **named}
+        for keyword in named.keys() - fields.keys():
+            raise StrictError(f"{name}.__init__(): incompatible function arguments: {keyword}")
+        for keyword, (kinds, default) in fields.items():
+            value = named.get(keyword, default)
+            if value is _REQUIRED or not _is_of(value, kinds):
+                raise StrictError(f"{name}.{keyword} is {value!r}, not {kinds}")
+            setattr(self, keyword, value)
+
+    return type(name, (), {"__init__": initialize})
+
+
+_REQUIRED = object()
+
+
+def _is_of(value, kinds):
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    for kind in kinds:
+        if kind is None and value is None:
+            return True
+        if isinstance(kind, list) and isinstance(value, list):
+            return all(_is_of(each, kind[0]) for each in value)
+        is_flag = isinstance(value, bool)
+        if kind is float and isinstance(value, (int, float)) and not is_flag:
+            return True
+        if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not is_flag):
+            return True
+    return False
+
+
+_OPTIONAL_FLOAT = ((float, None), None)
+_OPTIONAL_INT = ((int, None), None)
+_OPTIONAL_BOOL = ((bool, None), None)
+
+SamplingConfig = _strict(
+    "SamplingConfig", ["beam_width"],
+    beam_width=(int, 1), top_k=_OPTIONAL_INT, top_p=_OPTIONAL_FLOAT, top_p_min=_OPTIONAL_FLOAT,
+    top_p_reset_ids=_OPTIONAL_INT, top_p_decay=_OPTIONAL_FLOAT, seed=_OPTIONAL_INT,
+    temperature=_OPTIONAL_FLOAT, min_tokens=_OPTIONAL_INT,
+    beam_search_diversity_rate=_OPTIONAL_FLOAT, repetition_penalty=_OPTIONAL_FLOAT,
+    presence_penalty=_OPTIONAL_FLOAT, frequency_penalty=_OPTIONAL_FLOAT,
+    length_penalty=_OPTIONAL_FLOAT, early_stopping=_OPTIONAL_INT,
+    no_repeat_ngram_size=_OPTIONAL_INT, num_return_sequences=_OPTIONAL_INT,
+    min_p=_OPTIONAL_FLOAT, beam_width_array=(([[int]], None), None),
+)  # fmt: skip
+OutputConfig = _strict(
+    "OutputConfig", ["return_log_probs"],
+    return_log_probs=(bool, False), return_context_logits=(bool, False),
+    return_generation_logits=(bool, False), exclude_input_from_output=(bool, False),
+    return_encoder_output=(bool, False), return_perf_metrics=(bool, False),
+    additional_model_outputs=((list, None), None),
+)  # fmt: skip
+PromptTuningConfig = _strict(
+    "PromptTuningConfig", ["embedding_table", "input_token_extra_ids"],
+    embedding_table=(torch.Tensor, _REQUIRED), input_token_extra_ids=(([int], None), None),
+)  # fmt: skip
+KvCacheConfig = _strict(
+    "KvCacheConfig", [],
+    enable_block_reuse=(bool, True), max_tokens=_OPTIONAL_INT,
+    max_attention_window=(([int], None), None), sink_token_length=_OPTIONAL_INT,
+    free_gpu_memory_fraction=_OPTIONAL_FLOAT, host_cache_size=_OPTIONAL_INT,
+    onboard_blocks=(bool, True), cross_kv_cache_fraction=_OPTIONAL_FLOAT,
+    secondary_offload_min_priority=_OPTIONAL_INT, event_buffer_max_size=(int, 0),
+    enable_partial_reuse=(bool, True), copy_on_partial_reuse=(bool, True), use_uvm=(bool, False),
+    max_gpu_total_bytes=(int, 0),
+)  # fmt: skip
+SchedulerConfig = _strict(
+    "SchedulerConfig", ["capacity_scheduler_policy"],
+    capacity_scheduler_policy=(
+        CapacitySchedulerPolicy, CapacitySchedulerPolicy.GUARANTEED_NO_EVICT,
+    ),
+    context_chunking_policy=((ContextChunkingPolicy, None), None),
+    dynamic_batch_config=(None, None),
+)  # fmt: skip
+ExecutorConfig = _strict(
+    "ExecutorConfig", ["max_beam_width", "scheduler_config", "kv_cache_config"],
+    max_beam_width=(int, 1), scheduler_config=(SchedulerConfig, SchedulerConfig()),
+    kv_cache_config=(KvCacheConfig, KvCacheConfig()), enable_chunked_context=(bool, False),
+    normalize_log_probs=(bool, True), iter_stats_max_iterations=(int, 1000),
+    request_stats_max_iterations=(int, 0), batching_type=(BatchingType, BatchingType.INFLIGHT),
+    max_batch_size=_OPTIONAL_INT, max_num_tokens=_OPTIONAL_INT, parallel_config=(None, None),
+    gpu_weights_percent=(float, 1.0), max_queue_size=_OPTIONAL_INT,
+    guided_decoding_config=(None, None), gather_generation_logits=(bool, False),
+    mm_embedding_offloading=(bool, False), enable_trt_overlap=(bool, False),
+)  # fmt: skip
+Request = _strict(
+    "Request", ["input_token_ids", "max_tokens"],
+    input_token_ids=([int], _REQUIRED), max_tokens=(int, _REQUIRED), streaming=(bool, False),
+    sampling_config=(SamplingConfig, SamplingConfig()),
+    output_config=(OutputConfig, OutputConfig()), end_id=_OPTIONAL_INT, pad_id=_OPTIONAL_INT,
+    position_ids=(([int], None), None), bad_words=(([[int]], None), None),
+    stop_words=(([[int]], None), None), embedding_bias=((torch.Tensor, None), None),
+    prompt_tuning_config=((PromptTuningConfig, None), None), client_id=_OPTIONAL_INT,
+    return_all_generated_tokens=(bool, False), priority=(float, 0.5),
+    num_return_sequences=(int, 1), guided_decoding_params=(None, None),
+)  # fmt: skip
+
+
+class Response:
+    """What a request got; `result` may be asked for only where there is no error."""
+
+    def __init__(self, request_id, *, result=None, error_msg=None):
+        self.request_id = request_id
+        self.client_id = None
+        self._result, self._error = result, error_msg
+
+    def has_error(self):
+        return self._error is not None
+
+    @property
+    def error_msg(self):
+        if self._error is None:
+            raise StrictError("error_msg of a response without error")
+        return self._error
+
+    @property
+    def result(self):
+        if self._error is not None:
+            raise StrictError("result of a response with an error")
+        return self._result
+
+
+class _Running:
+    """A request in the executor."""
+
+    def __init__(self, number, request, extra_ids):
+        self.number, self.request = number, request
+        self.token_ids = list(request.input_token_ids)
+        self.extra_ids = extra_ids
+        self.prompt_length = len(self.token_ids)
+        self.computed = self.reused = 0
+        self.blocks = None
+        self.generated, self.log_probs, self.logits = [], [], []
+        self.table = request.prompt_tuning_config
+        self.is_cancelled = False
+
+    @property
+    def is_in_context(self):
+        return self.computed < self.prompt_length
+
+
+class Executor:
+    """One rank: `enqueue_request` from any thread, `await_responses` from one."""
+
+    def __init__(self, model_path, model_type, executor_config):
+        if not isinstance(model_path, (str, Path)) or model_type is not ModelType.DECODER_ONLY:
+            raise StrictError("Executor(model_path, ModelType.DECODER_ONLY, executor_config)")
+        if not isinstance(executor_config, ExecutorConfig):
+            raise StrictError("executor_config")
+        self._config = executor_config
+        self._read(Path(model_path))
+        self._requests = collections.deque()
+        self._running = []
+        self._responses = collections.deque()
+        self._statistics = collections.deque(maxlen=executor_config.iter_stats_max_iterations)
+        self._stored = collections.OrderedDict()
+        self.reused_blocks = self.missed_blocks = 0
+        self._numbers = itertools.count(1)
+        self._changed = threading.Condition()
+        self._is_over, self._failure = False, None
+        self._thread = threading.Thread(target=self._run, name="executor double", daemon=True)
+        self._thread.start()
+
+    def _read(self, folder):
+        described = json.loads((folder / "config.json").read_text())
+        model, built = described["pretrained_config"], described["build_config"]
+        most = self._config.max_batch_size or built["max_batch_size"]
+        if most > built["max_batch_size"]:
+            raise RuntimeError(
+                f"Runtime configured max batch size ({most}) must not exceed engine max batch "
+                f"size ({built['max_batch_size']})"
+            )
+        if model["mapping"]["world_size"] != 1:
+            raise RuntimeError("the double serves one rank")
+        self._dtype = _DTYPES[model["dtype"]]
+        self._batch, self._sequence = most, built["max_seq_len"]
+        self._budget = min(
+            self._config.max_num_tokens or built["max_num_tokens"], built["max_num_tokens"]
+        )
+        is_chunked = self._config.enable_chunked_context
+        self._most_input = self._sequence - 1
+        if not is_chunked:
+            self._most_input = min(self._most_input, built["max_num_tokens"])
+        self._rows = built["max_prompt_embedding_table_size"] // most
+        self._block = built["plugin_config"]["tokens_per_block"]
+        self._vocabulary = model["vocab_size"]
+        raw = (folder / "rank0.engine").read_bytes()
+        if not raw.startswith(trtllm_build.MAGIC):
+            raise RuntimeError("deserialization failed: magic tag does not match")
+        tensors = safetensors.torch.load(raw[len(trtllm_build.MAGIC) :])
+        self._model = language.LanguageModel(
+            _language(model), weights.Weights(tensors), max_tokens=self._sequence
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+
+    def shutdown(self):
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def can_enqueue_requests(self):
+        return True
+
+    def enqueue_request(self, request):
+        self._check_alive()
+        extra_ids = self._check(request)
+        with self._changed:
+            number = next(self._numbers)
+            if len(request.input_token_ids) > self._most_input:
+                message = (
+                    f"Prompt length ({len(request.input_token_ids)}) exceeds maximum input length "
+                    f"({self._most_input})."
+                )
+                self._responses.append(Response(number, error_msg=message))
+            else:
+                self._requests.append(_Running(number, request, extra_ids))
+            self._changed.notify_all()
+        return number
+
+    def cancel_request(self, id):  # noqa: A002 - the published name
+        self._check_alive()
+        with self._changed:
+            for each in [*self._requests, *self._running]:
+                each.is_cancelled |= each.number == id
+            self._changed.notify_all()
+
+    def await_responses(self, timeout=None):
+        if timeout is not None and not isinstance(timeout, datetime.timedelta):
+            raise StrictError(f"timeout is {timeout!r}")
+        seconds = None if timeout is None else timeout.total_seconds()
+        with self._changed:
+            self._changed.wait_for(lambda: self._responses or self._failure, seconds)
+            self._check_alive()
+            responses = list(self._responses)
+            self._responses.clear()
+        return responses
+
+    def get_latest_iteration_stats(self):
+        with self._changed:
+            told = list(self._statistics)
+            self._statistics.clear()
+        return told
+
+    def _check_alive(self):
+        if self._failure:
+            raise RuntimeError(self._failure)
+        if self._is_over:
+            raise RuntimeError("the executor is shut down")
+
+    def _check(self, request):
+        """Apply the prompt table's rules; return the extra ids."""
+        token_ids, table = request.input_token_ids, request.prompt_tuning_config
+        room = self._sequence - len(token_ids)
+        if request.max_tokens > room:
+            raise StrictError(f"max_tokens {request.max_tokens} would be cut to {room}")
+        if request.max_tokens < 1 or not token_ids:
+            raise StrictError("an empty prompt, or no token to generate")
+        if not 0 <= request.priority <= 1:
+            raise StrictError(f"priority {request.priority} is not in [0, 1]")
+        rows = [(place, each) for place, each in enumerate(token_ids) if each >= self._vocabulary]
+        if not rows and table is None:
+            return [0] * len(token_ids)
+        if table is None:
+            raise StrictError(f"token id {rows[0][1]} without a prompt table")
+        return self._check_table(table, rows, len(token_ids))
+
+    def _check_table(self, table, rows, length):
+        embeddings, extra_ids = table.embedding_table, table.input_token_extra_ids
+        if embeddings.dtype != self._dtype:
+            raise StrictError(
+                "Request embedding table data type doesn't match model weight data type."
+            )
+        if embeddings.dim() != 2 or not embeddings.is_contiguous():
+            raise StrictError(f"the table is {tuple(embeddings.shape)}")
+        if [each - self._vocabulary for _, each in rows] != list(range(len(embeddings))):
+            raise StrictError("the prompt's rows are not those of the table, in their order")
+        if len(embeddings) > self._rows:
+            # The real one throws within the forward step, which ends every request.
+            self._failure = (
+                f"Prompt vocab size {len(embeddings)} is larger than max prompt vocab size of "
+                f"{self._rows}"
+            )
+            raise StrictError(self._failure)
+        if extra_ids is None and self._config.kv_cache_config.enable_block_reuse:
+            raise StrictError(
+                "Input token extra ids must be provided when enabling kv cache reuse with prompt "
+                "table"
+            )
+        if extra_ids is None:
+            return [0] * length
+        places = {place for place, _ in rows}
+        for place, extra in enumerate(extra_ids):
+            if not 0 <= extra < _MOST_ID or bool(extra) != (place in places):
+                raise StrictError(f"extra id {extra} at {place}")
+        if len(extra_ids) != length:
+            raise StrictError(f"{len(extra_ids)} extra ids for {length} tokens")
+        return extra_ids
+
+    def _run(self):
+        try:
+            while self._iterate():
+                pass
+        except Exception as e:
+            with self._changed:
+                self._failure = f"{type(e).__name__}: {e}"
+                self._changed.notify_all()
+            raise
+
+    def _iterate(self):
+        with self._changed:
+            self._changed.wait_for(lambda: self._requests or self._running or self._is_over)
+            if self._is_over:
+                return False
+            self._drop_cancelled()
+            while self._requests and len(self._running) < self._batch:
+                first = max(self._requests, key=lambda each: each.request.priority)
+                self._requests.remove(first)
+                self._running.append(first)
+        began = time.monotonic()
+        chunks = self._plan()
+        if chunks:
+            self._compute(chunks)
+            self._tell(chunks, time.monotonic() - began)
+        return True
+
+    def _drop_cancelled(self):
+        for queue in (self._requests, self._running):
+            for each in [each for each in queue if each.is_cancelled]:
+                queue.remove(each)
+                self._respond(each, [], FinishReason.CANCELLED)
+
+    def _plan(self):
+        """Return what each request computes: answers go on first, then prompts in pieces."""
+        budget, chunks = self._budget, []
+        for each in sorted(self._running, key=lambda running: running.is_in_context):
+            if each.blocks is None:
+                self._begin(each)
+            length = min(len(each.token_ids) - each.computed, budget)
+            if length:
+                chunks.append((each, length))
+                budget -= length
+        return chunks
+
+    def _begin(self, each):
+        count = block_pool.blocks_for(each.prompt_length + each.request.max_tokens)
+        each.blocks = attention.allocate_cache(
+            self._model.share, count, dtype=self._dtype, device=torch.device("cpu")
+        )
+        if not self._config.kv_cache_config.enable_block_reuse:
+            return
+        # The last token is computed in any case: its logits are wanted.
+        for end in range(self._block, each.prompt_length, self._block):
+            found = self._stored.get(self._key(each, end))
+            if found is None:
+                break
+            self._stored.move_to_end(self._key(each, end))
+            for layer, values in zip(each.blocks, found, strict=True):
+                layer[self._places(end)] = values
+            each.reused += 1
+        each.computed = each.reused * self._block
+        self.reused_blocks += each.reused
+        self.missed_blocks += -(-each.prompt_length // self._block) - each.reused
+
+    def _places(self, end):
+        """Return where a block of keys and values that ends at a token lies."""
+        return slice((end - self._block) // block_pool.BLOCK_TOKENS, end // block_pool.BLOCK_TOKENS)
+
+    def _key(self, each, end):
+        return tuple(each.token_ids[:end]), tuple(each.extra_ids[:end])
+
+    @torch.inference_mode()
+    def _compute(self, chunks):
+        for each, length in chunks:
+            ids = torch.tensor(each.token_ids[each.computed : each.computed + length])
+            is_row = ids >= self._vocabulary
+            hidden = self._model.embed(ids.where(~is_row, 0))
+            if is_row.any():
+                hidden[is_row] = each.table.embedding_table[ids[is_row] - self._vocabulary]
+            attend = attention.TorchAttention(each.blocks)
+            attend.begin([attention.Span(each.computed, length, range(len(each.blocks[0])))])
+            positions = torch.arange(each.computed, each.computed + length)
+            (logits,) = self._model.forward(hidden, positions, torch.tensor([length - 1]), attend)
+            was_in_context = each.is_in_context
+            each.computed += length
+            if was_in_context:
+                self._store(each)
+            if each.computed == len(each.token_ids):
+                self._choose(each, logits)
+
+    def _store(self, each):
+        for end in range(self._block, min(each.computed, each.prompt_length) + 1, self._block):
+            key = self._key(each, end)
+            if key not in self._stored:
+                self._stored[key] = [layer[self._places(end)].clone() for layer in each.blocks]
+        while len(self._stored) > _STORED_BLOCKS:
+            self._stored.popitem(last=False)
+
+    def _choose(self, each, logits):
+        row = logits.numpy()
+        wanted = _sampling(each.request.sampling_config)
+        generated = collections.Counter(each.generated)
+        prompt_ids = [token for token in each.request.input_token_ids if token < self._vocabulary]
+        row = sampling.adjust(row, wanted, prompt_ids=prompt_ids, generated=generated)
+        token = sampling.choose(
+            row, wanted, request_id=str(each.number), position=len(each.generated)
+        )
+        told = sampling.log_probabilities(row, token, top=1)
+        each.log_probs.append(0.0 if self._config.normalize_log_probs else told.chosen)
+        each.logits.append(logits)
+        each.generated.append(token)
+        each.token_ids.append(token)
+        each.extra_ids.append(0)
+        self._answer(each, token)
+
+    def _answer(self, each, token):
+        request = each.request
+        reason = FinishReason.NOT_FINISHED
+        if token == request.end_id:
+            reason = FinishReason.END_ID
+        elif [token] in (request.stop_words or []):
+            reason = FinishReason.STOP_WORDS
+        elif len(each.generated) >= request.max_tokens:
+            reason = FinishReason.LENGTH
+        is_over = reason is not FinishReason.NOT_FINISHED
+        # The token that ends an answer is not part of it; a stop word is.
+        new = [] if reason is FinishReason.END_ID else [token]
+        if not request.streaming:
+            if not is_over:
+                return
+            new = each.generated[: len(each.generated) - (reason is FinishReason.END_ID)]
+            if not request.output_config.exclude_input_from_output:
+                new = [*request.input_token_ids, *new]
+        self._respond(each, new, reason)
+
+    def _respond(self, each, token_ids, reason):
+        output = each.request.output_config
+        if output.return_generation_logits and not self._config.gather_generation_logits:
+            raise StrictError("return_generation_logits without gather_generation_logits")
+        is_over = reason is not FinishReason.NOT_FINISHED
+        metrics = types.SimpleNamespace(
+            kv_cache_metrics=types.SimpleNamespace(num_reused_blocks=each.reused)
+        )
+        result = types.SimpleNamespace(
+            is_final=is_over, is_sequence_final=is_over, sequence_index=0,
+            output_token_ids=[list(token_ids)], finish_reasons=[reason],
+            log_probs=[list(each.log_probs)] if output.return_log_probs else None,
+            generation_logits=torch.stack(each.logits).unsqueeze(0)
+            if output.return_generation_logits and each.logits else None,
+            request_perf_metrics=metrics if output.return_perf_metrics and is_over else None,
+        )  # fmt: skip
+        with self._changed:
+            if is_over and each in self._running:
+                self._running.remove(each)
+            self._responses.append(Response(each.number, result=result))
+            self._changed.notify_all()
+
+    def _tell(self, chunks, seconds):
+        decodes = sum(length == 1 and bool(each.generated[1:]) for each, length in chunks)
+        told = types.SimpleNamespace(
+            iter_latency_ms=1000 * seconds,
+            num_active_requests=len(self._running), num_queued_requests=len(self._requests),
+            kv_cache_stats=types.SimpleNamespace(
+                max_num_blocks=_STORED_BLOCKS, used_num_blocks=len(self._stored),
+                tokens_per_block=self._block, reused_blocks=self.reused_blocks,
+                missed_blocks=self.missed_blocks,
+            ),
+            inflight_batching_stats=types.SimpleNamespace(
+                num_gen_requests=decodes, num_context_requests=len(chunks) - decodes,
+                num_paused_requests=0,
+                num_ctx_tokens=sum(length for _, length in chunks) - decodes,
+            ),
+        )  # fmt: skip
+        with self._changed:
+            self._statistics.append(told)
+
+
+def _language(model):
+    is_qwen = model["architecture"] == "Qwen2ForCausalLM"
+    return configs.LanguageConfig(
+        family=configs.Family.QWEN2 if is_qwen else configs.Family.INTERNLM2,
+        **{
+            name: model[name]
+            for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        },
+        rms_norm_eps=model["norm_epsilon"],
+        rope_theta=model["rotary_base"],
+    )  # fmt: skip
+
+
+def _sampling(given):
+    is_greedy = given.top_k == 1 or (not given.top_k and not given.top_p)
+    return interface.Sampling(
+        max_tokens=1,
+        temperature=0.0 if is_greedy else (1.0 if given.temperature is None else given.temperature),
+        top_p=given.top_p or 1.0,
+        top_k=given.top_k or 0,
+        min_p=given.min_p or 0.0,
+        presence_penalty=given.presence_penalty or 0.0,
+        frequency_penalty=given.frequency_penalty or 0.0,
+        repetition_penalty=given.repetition_penalty or 1.0,
+        seed=given.seed or 0,
+    )
