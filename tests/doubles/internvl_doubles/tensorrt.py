@@ -247,8 +247,8 @@ def _in_float32(graph: onnx.ModelProto) -> onnx.ModelProto:
     wide.CopyFrom(graph)
     for tensor in wide.graph.initializer:
         if tensor.data_type in _DTYPES:
-            values = np.frombuffer(tensor.raw_data, _DTYPES[tensor.data_type]).astype(np.float32)
-            tensor.raw_data, tensor.data_type = values.tobytes(), onnx.TensorProto.FLOAT
+            values = np.asarray(onnx.numpy_helper.to_array(tensor)).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     for node in wide.graph.node:
         for attribute in node.attribute:
             if attribute.name == "to" and attribute.i in _DTYPES:

@@ -1,0 +1,204 @@
+"""The TensorRT engine with strict doubles of the executor and of TensorRT, against PyTorch's."""
+
+import os
+import random
+import sys
+import types
+
+import pytest
+import torch
+from asking import answer_alone, ask, collect, picture, words
+from internvl_doubles import executor as executor_double
+from internvl_doubles import tensorrt as tensorrt_double
+from internvl_runtime import errors
+from internvl_runtime.artifacts import convert, progress, synthesize, tensorrt_build
+from internvl_runtime.artifacts import shapes as published_shapes
+from internvl_runtime.engine import interface, stepping
+from internvl_runtime.engine.pytorch import loading as pytorch_loading
+from internvl_runtime.engine.tensorrt import loading
+from internvl_runtime.model import config
+
+LIMITS = interface.EngineLimits(
+    max_sequence_tokens=4096, max_input_tokens=4095, max_batched_tokens=512, max_batch_size=4,
+    max_tiles_per_image=6, max_tiles_per_request=8,
+)  # fmt: skip
+CONTEXT = 3
+
+
+@pytest.fixture(scope="module")
+def doubles(tmp_path_factory):
+    """Stand-ins for `tensorrt`, `tensorrt_llm` and `trtllm-build`."""
+    binding = tensorrt_double.import_binding(tmp_path_factory.mktemp("stubs"))
+    folder = tmp_path_factory.mktemp("bin")
+    program = folder / "trtllm-build"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m internvl_doubles.trtllm_build "$@"\n')
+    program.chmod(0o755)
+    package, bindings = types.ModuleType("tensorrt_llm"), types.ModuleType("bindings")
+    bindings.executor = executor_double
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "tensorrt", tensorrt_double.Module(binding))
+        patch.setitem(sys.modules, "tensorrt_llm", package)
+        patch.setitem(sys.modules, "tensorrt_llm.bindings", bindings)
+        patch.setitem(sys.modules, "tensorrt_llm.bindings.executor", executor_double)
+        patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        patch.setenv("PYTHONPATH", "tests/doubles:runtime")
+        yield
+
+
+@pytest.fixture(scope="module", params=list(config.Family), ids=str)
+def built(request, tmp_path_factory, doubles):
+    """A checkpoint, its model, and the engines built from it."""
+    published = tmp_path_factory.mktemp("published")
+    recipe = synthesize.Recipe(published_shapes.TINY, request.param, 1)
+    synthesize.write_checkpoint(
+        recipe, published, tokenizer_model=published, report=lambda *_: None
+    )
+    checkpoint = tmp_path_factory.mktemp("checkpoint")
+    convert.write_checkpoint(
+        published, checkpoint, dtype="float32", ranks=1, report=lambda *_: None
+    )
+    model = config.read_model_config(checkpoint / "model")
+    workspace = tmp_path_factory.mktemp("workspace")
+    tensorrt_build.build(
+        checkpoint, model, workspace, LIMITS, dtype="float32", quantization="None", ranks=1,
+        timings=tmp_path_factory.mktemp("timings"), stage=progress.Progress("build"),
+    )  # fmt: skip
+    return checkpoint, model, workspace
+
+
+@pytest.fixture
+def engine(built):
+    loaded = loading.load_engine(built[2], LIMITS, picture_cache_bytes=2**28)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="module")
+def alone(built):
+    """The PyTorch engine, which answers one request at a time."""
+    checkpoint, model, _ = built
+    return pytorch_loading.load_engine(
+        checkpoint, model, LIMITS, options=pytorch_loading.Options(kv_cache_bytes=2**28)
+    )
+
+
+def test_requests_of_a_batch_get_the_tokens_of_the_pytorch_engine(engine, alone):
+    rng = random.Random(1)
+    asked = []
+    for number in range(16):
+        parts = [words(rng, rng.randrange(1, 90))]
+        if number % 2:
+            parts[1:] = [picture(number % 6, tiles=1 + number % 3), words(rng, 5)]
+        if number % 4 == 3:
+            parts += [picture(9), words(rng, 3)]
+        asked.append(ask(f"r{number}", parts, context=CONTEXT, max_tokens=rng.randrange(1, 24)))
+    expected = {each.request_id: answer_alone(alone, each, tiles)[0] for each, tiles in asked}
+
+    answers = {}
+    for request, tiles in asked:
+        engine.submit(request, tiles)
+    collect(engine, answers)
+
+    assert answers == expected
+    reports = engine.take_reports()
+    assert max(report.decodes for report in reports) > 1
+    assert sum(report.tower_passes for report in reports) < 8
+
+
+def test_a_second_turn_reuses_the_blocks_of_the_first(engine, alone):
+    rng = random.Random(2)
+    first = [words(rng, 20), picture(1, tiles=2), words(rng, 9), picture(2), words(rng, 30)]
+    request, tiles = ask("first", first, context=CONTEXT)
+    steps = list(stepping.answer(engine, request, tiles))
+    answer = [token for step in steps for token in step.token_ids]
+    passes = sum(report.tower_passes for report in engine.take_reports())
+    again, more = ask("second", [*first, answer, words(rng, 12)], context=CONTEXT)
+    steps = list(stepping.answer(engine, again, more))
+
+    prompt = len(request.prompt.token_ids)
+    assert sum(step.start.cached_tokens for step in steps if step.start) == prompt // 32 * 32
+    assert [token for step in steps for token in step.token_ids] == answer_alone(
+        alone, again, more
+    )[0]
+    assert passes >= 1
+    assert sum(report.tower_passes for report in engine.take_reports()) == 0
+
+
+def test_other_pictures_of_the_same_size_reuse_nothing_of_each_other(engine, alone):
+    for seed in (1, 2):
+        request, tiles = ask(f"p{seed}", [picture(seed), [7, 8, 9]], context=CONTEXT)
+        given = [t for step in stepping.answer(engine, request, tiles) for t in step.token_ids]
+        assert given == answer_alone(alone, request, tiles)[0]
+
+
+@pytest.mark.parametrize(
+    ("parts", "words_of_it"),
+    [
+        ([[5] * 4096], "4096 prompt tokens, the engine was built for 4095"),
+        ([picture(1, tiles=9), [5]], "2304 image tokens, the engine was built for 2048"),
+        ([[512]], "token id 512 is not below"),
+    ],
+)
+def test_what_is_beyond_the_engine_never_reaches_the_executor(engine, parts, words_of_it):
+    request, tiles = ask("r", parts, context=CONTEXT)
+    with pytest.raises(errors.RequestError, match=words_of_it):
+        list(stepping.answer(engine, request, tiles))
+    request, tiles = ask("next", [[5, 6]], context=CONTEXT)
+    assert len(list(stepping.answer(engine, request, tiles))) == 8
+
+
+def test_an_answer_ends_at_the_longest_sequence(engine):
+    request, tiles = ask("r", [[5] * 4090], context=CONTEXT, max_tokens=100)
+    steps = list(stepping.answer(engine, request, tiles))
+    assert sum(len(step.token_ids) for step in steps) == 6
+    assert steps[-1].finish_reason is interface.FinishReason.LENGTH
+
+
+def test_cancelled_requests_end_and_others_go_on(engine, alone):
+    asked = [ask(f"r{n}", [[5 + n] * 9], context=CONTEXT, max_tokens=40) for n in range(8)]
+    for request, tiles in asked:
+        engine.submit(request, tiles)
+    answers = {}
+    collect(engine, answers, until=lambda: len(answers.get("r0", [])) >= 5)
+    for number in (0, 2, 7):
+        engine.cancel(f"r{number}")
+    before = {name: len(answers.get(name, [])) for name in ("r0", "r2", "r7")}
+    collect(engine, answers)
+
+    for request, tiles in asked:
+        name = request.request_id
+        if name in before:
+            assert len(answers.get(name, [])) == before[name]
+        else:
+            assert answers[name] == answer_alone(alone, request, tiles)[0]
+
+
+def test_log_probabilities_of_chosen_tokens_are_told(engine, alone):
+    sampling = interface.Sampling(max_tokens=6, temperature=0.0, log_probabilities=0)
+    request, tiles = ask("r", [[5, 6, 7]], context=CONTEXT, sampling=sampling)
+    told, expected = (
+        [each.chosen for step in stepping.answer(e, request, tiles) for each in
+         step.log_probabilities]
+        for e in (engine, alone)
+    )  # fmt: skip
+    assert told == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_build_is_told_the_likeliest_tokens(built, alone):
+    loaded = loading.load_engine(built[2], LIMITS, picture_cache_bytes=2**28, tells_logits=True)
+    sampling = interface.Sampling(max_tokens=6, temperature=0.0, log_probabilities=5)
+    request, tiles = ask("r", [[5, 6, 7]], context=CONTEXT, sampling=sampling)
+    told, expected = (
+        [each for step in stepping.answer(e, request, tiles) for each in step.log_probabilities]
+        for e in (loaded, alone)
+    )
+    loaded.close()
+
+    assert [[token for token, _ in each.top] for each in told] == [
+        [token for token, _ in each.top] for each in expected
+    ]
+    assert torch.allclose(
+        torch.tensor([each.chosen for each in told]),
+        torch.tensor([each.chosen for each in expected]),
+        atol=1e-4,
+    )
