@@ -13,6 +13,7 @@ from internvl_runtime.artifacts import (
     synthesize,
     vision_engine,
 )
+from internvl_runtime.engine.tensorrt import built as builts
 from internvl_runtime.model import config
 
 VERSION = "10.14.1.48.post1"
@@ -44,7 +45,7 @@ def checkpoint(tmp_path_factory):
 
 
 def build(checkpoint, tmp_path, report=lambda *_: None):
-    output = tmp_path / vision_engine.ENGINE_FILE
+    output = tmp_path / builts.VISION_FILE
     vision_engine.build(
         checkpoint,
         config.read_model_config(checkpoint / "model"),

@@ -11,13 +11,14 @@ from internvl_doubles import trtllm_build
 from internvl_runtime import errors
 from internvl_runtime.artifacts import (
     convert,
+    journal,
     progress,
     shapes,
     synthesize,
     tensorrt_build,
-    vision_engine,
 )
 from internvl_runtime.engine import interface
+from internvl_runtime.engine.tensorrt import built as builts
 from internvl_runtime.model import config
 
 LIMITS = interface.EngineLimits(
@@ -71,6 +72,7 @@ def build(checkpoint, tmp_path, quantization="None"):
         dtype="bfloat16",
         quantization=quantization,
         ranks=RANKS,
+        built=journal.Journal(workspace / "journal"),
         timings=tmp_path / "timings",
         stage=progress.Progress("build"),
     )
@@ -83,7 +85,7 @@ def test_the_folder_holds_every_ranks_engine_and_the_towers(checkpoint, tmp_path
     names = {p.relative_to(workspace).as_posix() for p in workspace.rglob("*") if p.is_file()}
     assert names == {
         "vision.engine", "language/config.json", "language/rank0.engine", "language/rank1.engine",
-        tensorrt_build.JOURNAL,
+        "journal",
     }  # fmt: skip
     for rank in range(RANKS):
         engine = (workspace / f"language/rank{rank}.engine").read_bytes()
@@ -106,13 +108,13 @@ def test_what_was_built_is_not_built_again(checkpoint, tmp_path, doubles, monkey
     with pytest.raises(errors.StageError, match="OutOfMemory") as caught:
         build(checkpoint, tmp_path)
     assert caught.value.reason is errors.Reason.OUT_OF_GPU_MEMORY
-    before = (tmp_path / "workspace" / vision_engine.ENGINE_FILE).stat().st_mtime_ns
+    before = (tmp_path / "workspace" / builts.VISION_FILE).stat().st_mtime_ns
     monkeypatch.delenv("TRTLLM_BUILD_FAILS")
     doubles.calls.clear()
 
     workspace, _ = build(checkpoint, tmp_path)
 
-    assert (workspace / vision_engine.ENGINE_FILE).stat().st_mtime_ns == before
+    assert (workspace / builts.VISION_FILE).stat().st_mtime_ns == before
     assert not doubles.calls
     assert (workspace / "language/rank1.engine").exists()
 

@@ -11,7 +11,7 @@ from asking import answer_alone, ask, collect, picture, words
 from internvl_doubles import executor as executor_double
 from internvl_doubles import tensorrt as tensorrt_double
 from internvl_runtime import errors
-from internvl_runtime.artifacts import convert, progress, synthesize, tensorrt_build
+from internvl_runtime.artifacts import convert, journal, progress, synthesize, tensorrt_build
 from internvl_runtime.artifacts import shapes as published_shapes
 from internvl_runtime.engine import interface, stepping
 from internvl_runtime.engine.pytorch import loading as pytorch_loading
@@ -61,6 +61,7 @@ def built(request, tmp_path_factory, doubles):
     workspace = tmp_path_factory.mktemp("workspace")
     tensorrt_build.build(
         checkpoint, model, workspace, LIMITS, dtype="float32", quantization="None", ranks=1,
+        built=journal.Journal(workspace / "journal"),
         timings=tmp_path_factory.mktemp("timings"), stage=progress.Progress("build"),
     )  # fmt: skip
     return checkpoint, model, workspace

@@ -11,6 +11,7 @@ from internvl_runtime.engine.pytorch import loading
 def load(engine_dir, *, options=None, **changed_limits):
     """Return the engine of a published folder, with other limits where some are given."""
     opened = folder.open_engine(engine_dir)
+    assert opened.checkpoint
     return loading.load_engine(
         opened.checkpoint,
         opened.model,

@@ -8,16 +8,27 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from internvl_runtime import errors
 from internvl_runtime.artifacts import checkpoint as checkpoints
-from internvl_runtime.artifacts import progress, source
+from internvl_runtime.artifacts import journal, progress, source
 from internvl_runtime.engine import device, folder, interface
 from internvl_runtime.model import config, tokenizer
 from internvl_runtime.store import cache as caches
 from internvl_runtime.store import keys
 
+if TYPE_CHECKING:
+    from internvl_runtime.engine import stepping
+
 logger = logging.getLogger(__name__)
+
+_JOURNAL = "built-engines"
+"""In the workspace, until it is published."""
+_TIMINGS = "timings"
+"""TensorRT's measurements, which a later build on the same kind of GPU uses."""
+_PICTURE_BYTES = 512 * 2**20
+"""Of features, while it is verified."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +72,7 @@ def build(spec: EngineSpec, *, cache: caches.Cache, stage: progress.Progress) ->
                 workspace / folder.MODEL_FOLDER,
                 dirs_exist_ok=True,
             )
-            modules = _pack_kernels(spec, checkpoint, workspace, stage)
+            parts = _build_parts(spec, checkpoint, model, cache, workspace, stage)
             verified = _verify(spec, checkpoint, cache, workspace, stage)
             return cache.publish(
                 workspace,
@@ -71,19 +82,26 @@ def build(spec: EngineSpec, *, cache: caches.Cache, stage: progress.Progress) ->
                 provenance={
                     "buildSeconds": round(time.monotonic() - started, 1),
                     "machine": device.describe_machine(),
-                    "kernels": modules,
+                    **parts,
                     "verification": verified,
                 },
+                scratch=(_JOURNAL,),
             )
 
 
 def check_environment(spec: EngineSpec) -> None:
     """Compare the wanted backend, architecture and versions with this image and machine."""
-    if spec.backend != "PyTorch":
+    if spec.backend not in interface.OFFERED:
         raise errors.StageError(
             errors.Reason.INVALID_SPEC,
-            f"backend {spec.backend} is not offered by this version",
-            remedy="set spec.engine.backend to PyTorch",
+            f"backend {spec.backend} is not one of {', '.join(interface.OFFERED)}",
+            remedy="change spec.engine.backend",
+        )
+    if spec.backend == "TensorRT" and device.torch_device(spec.architecture) == "cpu":
+        raise errors.StageError(
+            errors.Reason.UNSUPPORTED_GPU,
+            "TensorRT builds on the GPU that serves, and this machine has none",
+            remedy="build on a GPU node, or set spec.engine.backend to PyTorch",
         )
     here = device.architecture_like(spec.architecture)
     if here != spec.architecture:
@@ -116,6 +134,34 @@ def _check_fit(spec: EngineSpec, checkpoint: caches.Published) -> None:
             f"the checkpoint is for {ranks} ranks; this version serves one",
             remedy="set spec.engine.tensorParallelSize to 1",
         )
+
+
+def _build_parts(
+    spec: EngineSpec,
+    checkpoint: caches.Published,
+    model: config.ModelConfig,
+    cache: caches.Cache,
+    workspace: Path,
+    stage: progress.Progress,
+) -> dict[str, Any]:
+    """Build what the backend serves from; return what the manifest tells of it."""
+    if spec.backend == "PyTorch":
+        return {"kernels": _pack_kernels(spec, checkpoint, workspace, stage)}
+    from internvl_runtime.artifacts import tensorrt_build
+
+    inputs = checkpoint.manifest.inputs
+    return tensorrt_build.build(
+        checkpoint.path,
+        model,
+        workspace,
+        spec.limits,
+        dtype=inputs["dtype"],
+        quantization=inputs["quantization"],
+        ranks=inputs["tensorParallelSize"],
+        built=journal.Journal(workspace / _JOURNAL),
+        timings=cache.root / _TIMINGS / f"{spec.architecture}-{spec.versions['tensorrt']}",
+        stage=stage,
+    )
 
 
 def _pack_kernels(
@@ -152,27 +198,19 @@ def _verify(
 
     from internvl_runtime.artifacts import reference, verify
     from internvl_runtime.engine import verification
-    from internvl_runtime.engine.pytorch import loading
 
-    place = device.torch_device(spec.architecture)
-    kernels = workspace / folder.KERNELS_FOLDER
+    place = "cuda" if torch.cuda.is_available() else "cpu"
     model_folder = checkpoint.path / folder.MODEL_FOLDER
     model = config.read_model_config(model_folder)
     tokens = tokenizer.load_tokenizer(model_folder, model)
     report = stage.step("answer", unit="prompts")
     report(0, 1)
-    loaded = loading.load_engine(
-        checkpoint.path,
-        model,
-        dataclasses.replace(spec.limits, max_batch_size=1),
-        options=loading.Options(),
-        device=place,
-        kernels=kernels if kernels.is_dir() else None,
-    )
+    loaded = _load(spec, checkpoint, model, workspace)
     started = time.monotonic()
     answers = verification.answer(loaded, model, tokens)
     told = {"answerSeconds": round(time.monotonic() - started, 3), **device.memory_in_use(place)}
     report(1, 1)
+    loaded.close()
     del loaded
     gc.collect()
     recorded = [dataclasses.asdict(each.record()) for each in answers]
@@ -192,6 +230,29 @@ def _verify(
         report=stage.step("compare", unit="layers"),
     )
     return {**told, "compared": [dataclasses.asdict(each) for each in compared]}
+
+
+def _load(
+    spec: EngineSpec, checkpoint: caches.Published, model: config.ModelConfig, workspace: Path
+) -> "stepping.Engine":
+    """Load what was built as serving would, but for one request at a time."""
+    if spec.backend == "TensorRT":
+        from internvl_runtime.engine.tensorrt import loading as tensorrt
+
+        return tensorrt.load_engine(
+            workspace, spec.limits, picture_cache_bytes=_PICTURE_BYTES, tells_logits=True
+        )
+    from internvl_runtime.engine.pytorch import loading as pytorch
+
+    kernels = workspace / folder.KERNELS_FOLDER
+    return pytorch.load_engine(
+        checkpoint.path,
+        model,
+        dataclasses.replace(spec.limits, max_batch_size=1),
+        options=pytorch.Options(picture_cache_bytes=_PICTURE_BYTES),
+        device=device.torch_device(spec.architecture),
+        kernels=kernels if kernels.is_dir() else None,
+    )
 
 
 def _weights_folder(checkpoint: caches.Published, cache: caches.Cache) -> Path | None:

@@ -7,11 +7,9 @@ from typing import Any
 from internvl_runtime import errors
 from internvl_runtime.artifacts import journal, language_engine, progress, vision_engine
 from internvl_runtime.engine import device, interface
+from internvl_runtime.engine.tensorrt import built as builts
 from internvl_runtime.model import config
 
-LANGUAGE_FOLDER = "language"
-JOURNAL = "built-engines"
-"""In the workspace, until it is published."""
 _VISION, _LANGUAGE = "vision", "language"
 
 
@@ -24,13 +22,15 @@ def build(
     dtype: str,
     quantization: str,
     ranks: int,
+    built: journal.Journal,
     timings: Path,
     stage: progress.Progress,
 ) -> dict[str, Any]:
     """Build what the workspace has not yet; return what the manifest tells of it.
 
-    `timings` is a folder of measurements that later builds on this GPU use. Raises StageError
-    for a combination that TensorRT-LLM is not known to load.
+    `built` names what a killed build has finished, `timings` is a folder of measurements that
+    later builds on this GPU use. Raises StageError for a combination that TensorRT-LLM is not
+    known to load.
     """
     if quantization == "FP8" and model.language.family is config.Family.QWEN2:
         raise errors.StageError(
@@ -40,19 +40,18 @@ def build(
             remedy="set spec.engine.quantization to None, or spec.engine.backend to PyTorch",
         )
     timings.mkdir(parents=True, exist_ok=True)
-    built = journal.Journal(workspace / JOURNAL)
     profile = vision_engine.Profile.of(limits)
     if _VISION not in built.done:
         vision_engine.build(
             checkpoint,
             model,
-            workspace / vision_engine.ENGINE_FILE,
+            workspace / builts.VISION_FILE,
             profile=profile,
             timing_cache=timings / "vision",
             report=stage.step("vision", unit="steps"),
         )
         built.add(_VISION)
-    output = workspace / LANGUAGE_FOLDER
+    output = workspace / builts.LANGUAGE_FOLDER
     arguments = language_engine.command(
         checkpoint,
         output,

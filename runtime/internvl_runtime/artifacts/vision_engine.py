@@ -13,8 +13,6 @@ from internvl_runtime.artifacts import layout, progress, safetensors_file, visio
 from internvl_runtime.engine import interface
 from internvl_runtime.model import config
 
-ENGINE_FILE = "vision.engine"
-
 
 @dataclasses.dataclass(frozen=True)
 class Profile:

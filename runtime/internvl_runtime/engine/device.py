@@ -13,6 +13,7 @@ _FIRST_FP8 = 89
 _PACKAGES = {
     ("PyTorch", "cpu"): {"torch": "torch"},
     ("PyTorch", "cuda"): {"torch": "torch", "flashinfer": "flashinfer-python"},
+    ("TensorRT", "cuda"): {"tensorrt": "tensorrt", "tensorrt_llm": "tensorrt_llm"},
 }
 """By backend and device: the names that keys use, and those of the distributions."""
 
@@ -109,5 +110,7 @@ def versions(backend: str, architecture: str) -> dict[str, str]:
     found = {}
     for name, distribution in _PACKAGES[backend, torch_device(architecture)].items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(distribution).partition("+")[0]
+            version = importlib.metadata.version(distribution)
+            # Neither a local build nor its packaging changes what an engine depends on.
+            found[name] = version.partition("+")[0].partition(".post")[0]
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from internvl_runtime import errors
 from internvl_runtime.engine import device, interface
+from internvl_runtime.engine.tensorrt import built as builts
 from internvl_runtime.model import config, tokenizer
 from internvl_runtime.store import cache as caches
 from internvl_runtime.store import keys
@@ -47,7 +48,8 @@ class EngineFolder:
 
     key: str
     path: Path
-    checkpoint: Path
+    checkpoint: Path | None
+    """What a PyTorch engine stands on; a TensorRT engine needs nothing else."""
     backend: str
     architecture: str
     dtype: str
@@ -82,16 +84,22 @@ def open_engine(path: Path) -> EngineFolder:
     manifest = caches.read_manifest(path)
     inputs = manifest.inputs
     _check_device(inputs)
-    cache = caches.Cache(path.parent.parent)
-    checkpoint = cache.get(keys.Kind.CHECKPOINTS, inputs["checkpoint"])
+    if inputs["backend"] == "PyTorch":
+        cache = caches.Cache(path.parent.parent)
+        published = cache.get(keys.Kind.CHECKPOINTS, inputs["checkpoint"])
+        checkpoint, dtype = published.path, published.manifest.inputs["dtype"]
+    else:
+        checkpoint, dtype = None, builts.read(path / builts.LANGUAGE_FOLDER).dtype
     return EngineFolder(
         key=path.name,
         path=path,
-        checkpoint=checkpoint.path,
+        checkpoint=checkpoint,
         backend=inputs["backend"],
         architecture=inputs["architecture"],
-        dtype=checkpoint.manifest.inputs["dtype"],
-        limits=limits_of(inputs["build"]),
+        dtype=dtype,
+        limits=dataclasses.replace(
+            limits_of(inputs["build"]), capabilities=interface.OFFERED[inputs["backend"]]
+        ),
         model=config.read_model_config(path / MODEL_FOLDER),
     )
 

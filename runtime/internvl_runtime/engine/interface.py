@@ -37,7 +37,22 @@ class Capability(enum.StrEnum):
     REPETITION_PENALTY = "repetition_penalty"
     LOGIT_BIAS = "logit_bias"
     LOG_PROBABILITIES = "logprobs"
+    TOP_LOG_PROBABILITIES = "top_logprobs"
     GUIDED_DECODING = "response_format"
+
+
+OFFERED = {
+    "PyTorch": frozenset(Capability),
+    "TensorRT": frozenset(Capability)
+    - {
+        # Its executor tells of the chosen token alone. How it wants a bias, and the bytes of a
+        # vocabulary for grammars, no published source tells well enough to rely on unseen.
+        Capability.TOP_LOG_PROBABILITIES,
+        Capability.LOGIT_BIAS,
+        Capability.GUIDED_DECODING,
+    },
+}
+"""By backend."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

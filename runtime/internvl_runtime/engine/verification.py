@@ -106,7 +106,7 @@ def check(
 
 def _answer(engine: stepping.Engine, request: stepping.Submitted) -> Answered:
     steps = list(stepping.answer(engine, request, DRAWN))
-    told = [step.log_probabilities[0] for step in steps]
+    told = [each for step in steps for each in step.log_probabilities]
     if not all(math.isfinite(each.chosen) for each in told):
         raise errors.StageError(
             errors.Reason.VERIFICATION_FAILED,

@@ -162,15 +162,7 @@ def load(
     load_picture: stepping.LoadPicture | None = None,
 ) -> stepping.Engine:
     """Load an engine and repeat its recorded answers."""
-    engine = loading.load_engine(
-        opened.checkpoint,
-        opened.model,
-        opened.limits,
-        options=options,
-        device=device.torch_device(opened.architecture),
-        kernels=opened.kernels,
-        load_picture=load_picture,
-    )
+    engine = _load_engine(opened, options, load_picture)
     verification.check(
         engine,
         opened.model,
@@ -180,6 +172,30 @@ def load(
     )
     engine.reset()
     return engine
+
+
+def _load_engine(
+    opened: folder.EngineFolder, options: loading.Options, load_picture: stepping.LoadPicture | None
+) -> stepping.Engine:
+    if opened.checkpoint is None:
+        from internvl_runtime.engine.tensorrt import loading as tensorrt
+
+        return tensorrt.load_engine(
+            opened.path,
+            opened.limits,
+            picture_cache_bytes=options.picture_cache_bytes,
+            kv_cache_bytes=options.kv_cache_bytes,
+            load_picture=load_picture,
+        )
+    return loading.load_engine(
+        opened.checkpoint,
+        opened.model,
+        opened.limits,
+        options=options,
+        device=device.torch_device(opened.architecture),
+        kernels=opened.kernels,
+        load_picture=load_picture,
+    )
 
 
 def _load(
@@ -221,6 +237,7 @@ async def serve(
             writer.close()
             receiving.cancel()
             beating.cancel()
+            engine.close()
 
 
 def _start_receiving_tiles(socket: Path, worker: Worker) -> None:

@@ -62,6 +62,8 @@ def check_capabilities(body: Fields, limits: interface.EngineLimits) -> None:
             _need(capability, limits)
     if _log_probabilities(body) is not None:
         _need(interface.Capability.LOG_PROBABILITIES, limits)
+    if _log_probabilities(body):
+        _need(interface.Capability.TOP_LOG_PROBABILITIES, limits)
     if constraint_of(body) is not None:
         _need(interface.Capability.GUIDED_DECODING, limits)
 

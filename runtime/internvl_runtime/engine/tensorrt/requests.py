@@ -14,19 +14,6 @@ from internvl_runtime import errors
 from internvl_runtime.engine import interface, sampling, stepping
 from internvl_runtime.engine.tensorrt import built as builts
 
-CAPABILITIES = frozenset(
-    {
-        interface.Capability.TOP_K,
-        interface.Capability.MIN_P,
-        interface.Capability.PRESENCE_PENALTY,
-        interface.Capability.FREQUENCY_PENALTY,
-        interface.Capability.REPETITION_PENALTY,
-        interface.Capability.LOG_PROBABILITIES,
-    }
-)
-"""Of the executor: it tells of the chosen token alone. How it wants a bias, and the bytes of a
-vocabulary for grammars, no published source tells well enough to rely on unseen."""
-
 
 def check(request: stepping.Submitted, built: builts.Built) -> None:
     """Raise RequestError where a request is beyond what the engine was built for."""

@@ -1,0 +1,44 @@
+"""A fake `pynvml` that tells of one H200."""
+
+import types
+
+
+class NVMLError(Exception):
+    """Of the real module."""
+
+
+def nvmlInit():  # noqa: N802
+    """Begin."""
+
+
+nvmlShutdown = nvmlInit  # noqa: N816
+
+
+def nvmlDeviceGetCount():  # noqa: N802
+    """Return 1."""
+    return 1
+
+
+def nvmlDeviceGetHandleByIndex(index):  # noqa: N802
+    """Return something."""
+    return index
+
+
+def nvmlDeviceGetCudaComputeCapability(handle):  # noqa: N802
+    """Return Hopper's."""
+    return 9, 0
+
+
+def nvmlDeviceGetName(handle):  # noqa: N802
+    """Return the product."""
+    return "NVIDIA H200"
+
+
+def nvmlDeviceGetMemoryInfo(handle):  # noqa: N802
+    """Return 141 GB."""
+    return types.SimpleNamespace(total=150_754_820_096)
+
+
+def nvmlSystemGetDriverVersion():  # noqa: N802
+    """Return a driver."""
+    return "580.95.05"
