@@ -30,15 +30,15 @@ class Counts:
         self, told: Any, load: interface.EngineLoad, pictures: gallery.Gallery, *, now: float
     ) -> interface.StepReport:
         """Return what an iteration did, with the tower's passes beside it."""
-        cache, batch = told.kv_cache_stats, told.inflight_batching_stats
+        cache, flight = told.kv_cache_stats, told.inflight_batching_stats
         passes, self._passes = self._passes, []
         seconds = told.iter_latency_ms / 1000
         found = cache.reused_blocks * cache.tokens_per_block
         return interface.StepReport(
             began=now - seconds - self._started,
             seconds=seconds,
-            decodes=batch.num_gen_requests,
-            prefill_tokens=batch.num_ctx_tokens,
+            decodes=flight.num_gen_requests,
+            prefill_tokens=flight.num_ctx_tokens,
             tiles=sum(passes),
             tower_passes=len(passes),
             load=load,

@@ -58,7 +58,9 @@ def create(
         input_token_ids=_with_rows(request, built.vocab_size),
         max_tokens=max_tokens(request, built),
         streaming=not tells_logits,
-        sampling_config=executor.SamplingConfig(**_sampling(request)),
+        sampling_config=executor.SamplingConfig(
+            **sampling_of(request.sampling, request.request_id)
+        ),
         output_config=executor.OutputConfig(
             return_log_probs=request.sampling.log_probabilities is not None,
             return_generation_logits=tells_logits,
@@ -123,9 +125,8 @@ def extra_ids(request: stepping.Submitted, length: int) -> list[int]:
     return ids
 
 
-def _sampling(request: stepping.Submitted) -> dict[str, Any]:
+def sampling_of(wanted: interface.Sampling, request_id: str) -> dict[str, Any]:
     """Return what differs from the most likely token; unset numbers are the executor's own."""
-    wanted = request.sampling
     penalties = {
         name: value
         for name, value, neutral in (
@@ -144,7 +145,7 @@ def _sampling(request: stepping.Submitted) -> dict[str, Any]:
         "top_k": wanted.top_k,
         "top_p": wanted.top_p,
         "min_p": wanted.min_p or None,
-        "seed": _number(sampling.origin_of(wanted, request.request_id)),
+        "seed": _number(sampling.origin_of(wanted, request_id)),
         **penalties,
     }
 
