@@ -10,6 +10,8 @@ PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
 PYTHON_3_12 := $(firstword $(wildcard $(PYENV)/3.12.*/bin/python3.12) 3.12)
 GPU_PRODUCT ?= NVIDIA-H200
 PARTS ?= unit contract integration cluster
+TENSORRT_SOURCE ?= {"huggingFace": {"repository": "OpenGVLab/InternVL2_5-1B"}}
+REPORT ?= build/verify-tensorrt
 SOURCE ?= {"bundled": {"name": "tiny-shapes"}}
 
 help: ## Show the targets
@@ -63,6 +65,9 @@ test-long: setup ## Run every repetition and matrix of PARTS, and write docs/tes
 bench: setup ## Measure tiny-shapes, or SOURCE=<json>, on this machine; figures in build/bench
 	@PYTHON=.venv/bin/python PICTURE=448x448 CONCURRENCY="1 8" hack/bench.sh '$(SOURCE)' build/bench
 
+verify-tensorrt: ## Hold the TensorRT path against the real one, in NVIDIA's image; figures in REPORT
+	PYTHONPATH=runtime python3 hack/verify_tensorrt.py --source '$(TENSORRT_SOURCE)' --report $(REPORT)
+
 demo: setup ## From a manifest to an answer; MODEL=<folder> serves that checkpoint
 	@$(DEMO) up
 
@@ -84,5 +89,5 @@ cluster-down: setup ## Take the local cluster down; PURGE=1 removes its caches t
 lock: setup ## Write the lock files anew
 	PATH="$(dir $(UV)):$$PATH" hack/lock.sh
 
-.PHONY: help setup lint fmt test-unit test-unit-3.12 test-integration test-cluster test test-long bench demo \
+.PHONY: help setup lint fmt test-unit test-unit-3.12 test-integration test-cluster test test-long bench verify-tensorrt demo \
 	demo-down reload cluster-up cluster-status cluster-down lock

@@ -1,6 +1,6 @@
 """Holds the TensorRT path against the real TensorRT-LLM, where its image and a GPU are.
 
-    make verify-tensorrt [SOURCE='{"huggingFace": {…}}'] [REPORT=build/verify-tensorrt]
+    make verify-tensorrt [TENSORRT_SOURCE='{"huggingFace": {…}}'] [REPORT=build/verify-tensorrt]
 
 Without a GPU it checks imports, versions, names, flags and a dry run. With one it
 builds SOURCE for both backends, serves either, and compares their answers. The
@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import inspect
 import io
 import json
 import os
@@ -57,8 +58,8 @@ QUESTIONS = (
     "Count from one to twenty.",
     "Which one is darker, and why?",
 )
-TIE = 0.25
-"""Difference of the two best log-probabilities in bfloat16 below which either may be chosen."""
+TIES = {"bfloat16": 0.25, "float16": 0.05, "float32": 1e-3}
+"""Differences of the two best log-probabilities below which either token may be chosen."""
 TOKENS = 48
 START_SECONDS = 900
 
@@ -78,7 +79,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", required=True, help="JSON, as for `internvl-runtime resolve`")
     parser.add_argument("--report", type=Path, required=True)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", choices=TIES, default="bfloat16")
     arguments = parser.parse_args()
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", check_versions),
@@ -144,17 +145,16 @@ def check_executor() -> str:
 def _need_names(module: Any, names: Sequence[str]) -> None:
     missing = []
     for name in names:
-        found = module
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if found is None:
+        owner, _, member = name.rpartition(".")
+        found = getattr(module, owner, None) if owner else module
+        if not hasattr(found, member):
             missing.append(name)
     if missing:
         raise ValueError(f"{module.__name__} lacks {', '.join(missing)}")
 
 
 def _documented(owner: type) -> str:
-    return f"{owner.__doc__}{owner.__init__.__doc__}{getattr(owner, '__signature__', '')}"
+    return f"{owner.__doc__} {inspect.getattr_static(owner, '__init__').__doc__}"
 
 
 def check_flags() -> str:
@@ -194,16 +194,18 @@ def compare(source: str, dtype: str) -> str:
             expected = [_ask(url, messages, top=2) for messages in _conversations()]
         with work.serve(by_tensorrt) as url:
             given = [_ask(url, messages, top=0) for messages in _conversations()]
-    compared = sum(map(_equal_tokens, given, expected))
+    compared = sum(
+        _equal_tokens(*answers, tie=TIES[dtype]) for answers in zip(given, expected, strict=True)
+    )
     return f"{compared} tokens of {len(given)} answers are equal before a tie"
 
 
-def _equal_tokens(given: dict[str, Any], expected: dict[str, Any]) -> int:
+def _equal_tokens(given: dict[str, Any], expected: dict[str, Any], *, tie: float) -> int:
     """Return how many tokens are equal before a tie; raises ValueError at another one."""
     told = expected["logprobs"]["content"]
     for number, (a, b) in enumerate(zip(given["token_ids"], expected["token_ids"], strict=False)):
         best, second = (each["logprob"] for each in told[number]["top_logprobs"])
-        if best - second < TIE:
+        if best - second < tie:
             return number
         if a != b:
             raise ValueError(f"token {number} is {a}, the PyTorch engine's is {b}")

@@ -58,6 +58,7 @@ def _strict(name, positional, **fields):
                 raise StrictError(f"{name}.{keyword} is {value!r}, not {kinds}")
             setattr(self, keyword, value)
 
+    initialize.__doc__ = f"__init__(self, {', '.join(fields)}) -> None"
     return type(name, (), {"__init__": initialize})
 
 
@@ -147,13 +148,40 @@ Request = _strict(
 )  # fmt: skip
 
 
+def _record(name, *fields):
+    """Return a class of objects that are read only."""
+    return type(name, (types.SimpleNamespace,), dict.fromkeys(fields))
+
+
+Result = _record(
+    "Result", "is_final", "is_sequence_final", "sequence_index", "output_token_ids",
+    "finish_reasons", "log_probs", "generation_logits", "request_perf_metrics",
+)  # fmt: skip
+IterationStats = _record(
+    "IterationStats", "iter_latency_ms", "num_active_requests", "num_queued_requests",
+    "kv_cache_stats", "inflight_batching_stats",
+)  # fmt: skip
+KvCacheStats = _record(
+    "KvCacheStats", "max_num_blocks", "used_num_blocks", "tokens_per_block", "reused_blocks",
+    "missed_blocks",
+)  # fmt: skip
+InflightBatchingStats = _record(
+    "InflightBatchingStats", "num_gen_requests", "num_context_requests", "num_paused_requests",
+    "num_ctx_tokens",
+)  # fmt: skip
+
+
 class Response:
     """What a request got; `result` may be asked for only where there is no error."""
 
     def __init__(self, request_id, *, result=None, error_msg=None):
-        self.request_id = request_id
         self.client_id = None
+        self._number = request_id
         self._result, self._error = result, error_msg
+
+    @property
+    def request_id(self):
+        return self._number
 
     def has_error(self):
         return self._error is not None
@@ -497,7 +525,7 @@ class Executor:
         metrics = types.SimpleNamespace(
             kv_cache_metrics=types.SimpleNamespace(num_reused_blocks=each.reused)
         )
-        result = types.SimpleNamespace(
+        result = Result(
             is_final=is_over, is_sequence_final=is_over, sequence_index=0,
             output_token_ids=[list(token_ids)], finish_reasons=[reason],
             log_probs=[list(each.log_probs)] if output.return_log_probs else None,
@@ -513,15 +541,15 @@ class Executor:
 
     def _tell(self, chunks, seconds):
         decodes = sum(length == 1 and bool(each.generated[1:]) for each, length in chunks)
-        told = types.SimpleNamespace(
+        told = IterationStats(
             iter_latency_ms=1000 * seconds,
             num_active_requests=len(self._running), num_queued_requests=len(self._requests),
-            kv_cache_stats=types.SimpleNamespace(
+            kv_cache_stats=KvCacheStats(
                 max_num_blocks=_STORED_BLOCKS, used_num_blocks=len(self._stored),
                 tokens_per_block=self._block, reused_blocks=self.reused_blocks,
                 missed_blocks=self.missed_blocks,
             ),
-            inflight_batching_stats=types.SimpleNamespace(
+            inflight_batching_stats=InflightBatchingStats(
                 num_gen_requests=decodes, num_context_requests=len(chunks) - decodes,
                 num_paused_requests=0,
                 num_ctx_tokens=sum(length for _, length in chunks) - decodes,

@@ -92,6 +92,8 @@ def _make_class(module: Module, name: str, real: type) -> type:
         is_method = callable(found) and (not member.startswith("__") or member == "__init__")
         if is_method and found.__doc__:
             body[member] = _method(name, member, found.__doc__)
+        elif isinstance(found, property):
+            body[member] = None
     body["__setattr__"] = _set
     if name == "IHostMemory":
         bases = (bytes,)
