@@ -33,7 +33,8 @@ lint: setup ## Check style, types and layers
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	MYPYPATH=hack:hack/local-cluster .venv/bin/mypy -p local_cluster -p demo -p tiny_shapes -p gpu
+	MYPYPATH=hack:hack/local-cluster .venv/bin/mypy -p local_cluster -p demo -p tiny_shapes -p gpu \
+		-m verify_tensorrt -m bench_convert
 	.venv/bin/lint-imports
 
 fmt: setup ## Format the code

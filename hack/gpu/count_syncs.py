@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from internvl_runtime.engine import folder, interface, pixels, stepping, worker
-from internvl_runtime.engine.pytorch import loading
+from internvl_runtime.engine.pytorch import core, loading
 from internvl_runtime.model import config, prompt
 
 TILES, WORDS, ANSWER_TOKENS, SEQUENCES = 13, 55, 64, 16
@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     opened = folder.open_engine(parser.parse_args().engine)
     engine = worker.load(opened, opened.load_tokenizer(), options=loading.Options())
+    if not isinstance(engine, core.Engine):
+        parser.error(f"{opened.backend} tells no trace; give an engine of PyTorch")
     for number in range(SEQUENCES):
         engine.submit(*_request(number, opened.model.language.vocab_size))
     _step(engine, 4)

@@ -1,12 +1,12 @@
 """The TensorRT build, with strict doubles of `tensorrt` and `trtllm-build`."""
 
+import importlib
 import json
 import os
-import sys
 
+import nvidia_image
 import pytest
 import safetensors.torch
-from internvl_doubles import tensorrt as tensorrt_double
 from internvl_doubles import trtllm_build
 from internvl_runtime import errors
 from internvl_runtime.artifacts import (
@@ -28,22 +28,10 @@ LIMITS = interface.EngineLimits(
 RANKS = 2
 
 
-@pytest.fixture(scope="module")
-def binding(tmp_path_factory):
-    return tensorrt_double.import_binding(tmp_path_factory.mktemp("stubs"))
-
-
 @pytest.fixture(autouse=True)
-def doubles(binding, tmp_path, monkeypatch):
-    module = tensorrt_double.Module(binding)
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
-    program = tmp_path / "bin" / "trtllm-build"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m internvl_doubles.trtllm_build "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", "tests/doubles")
-    return module
+def doubles(tmp_path, monkeypatch):
+    nvidia_image.enter(monkeypatch, tmp_path / "site")
+    return importlib.import_module("tensorrt")
 
 
 @pytest.fixture(params=list(config.Family), ids=str)

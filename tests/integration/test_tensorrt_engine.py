@@ -1,15 +1,11 @@
 """The TensorRT engine with strict doubles of the executor and of TensorRT, against PyTorch's."""
 
-import os
 import random
-import sys
-import types
 
+import nvidia_image
 import pytest
 import torch
 from asking import answer_alone, ask, collect, picture, words
-from internvl_doubles import executor as executor_double
-from internvl_doubles import tensorrt as tensorrt_double
 from internvl_runtime import errors
 from internvl_runtime.artifacts import convert, journal, progress, synthesize, tensorrt_build
 from internvl_runtime.artifacts import shapes as published_shapes
@@ -25,28 +21,15 @@ LIMITS = interface.EngineLimits(
 CONTEXT = 3
 
 
-@pytest.fixture(scope="module")
-def doubles(tmp_path_factory):
-    """Stand-ins for `tensorrt`, `tensorrt_llm` and `trtllm-build`."""
-    binding = tensorrt_double.import_binding(tmp_path_factory.mktemp("stubs"))
-    folder = tmp_path_factory.mktemp("bin")
-    program = folder / "trtllm-build"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m internvl_doubles.trtllm_build "$@"\n')
-    program.chmod(0o755)
-    package, bindings = types.ModuleType("tensorrt_llm"), types.ModuleType("bindings")
-    bindings.executor = executor_double
+@pytest.fixture(scope="module", autouse=True)
+def image(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "tensorrt", tensorrt_double.Module(binding))
-        patch.setitem(sys.modules, "tensorrt_llm", package)
-        patch.setitem(sys.modules, "tensorrt_llm.bindings", bindings)
-        patch.setitem(sys.modules, "tensorrt_llm.bindings.executor", executor_double)
-        patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-        patch.setenv("PYTHONPATH", "tests/doubles:runtime")
+        nvidia_image.enter(patch, tmp_path_factory.mktemp("site"))
         yield
 
 
 @pytest.fixture(scope="module", params=list(config.Family), ids=str)
-def built(request, tmp_path_factory, doubles):
+def built(request, tmp_path_factory):
     """A checkpoint, its model, and the engines built from it."""
     published = tmp_path_factory.mktemp("published")
     recipe = synthesize.Recipe(published_shapes.TINY, request.param, 1)

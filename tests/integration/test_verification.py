@@ -5,6 +5,7 @@ from pathlib import Path
 
 import hf_reference
 import numpy as np
+import nvidia_image
 import pictures
 import pytest
 import safetensors.torch
@@ -71,20 +72,29 @@ def test_the_streamed_forward_pass_is_that_of_transformers(checkpoint):
 
 FAMILIES = list(config.Family)
 CI = [
-    (shapes.TINY, FAMILIES[0], "bfloat16"),
-    (shapes.TINY_6B_VISION, FAMILIES[1], "bfloat16"),
+    (shapes.TINY, FAMILIES[0], "bfloat16", "PyTorch"),
+    (shapes.TINY_6B_VISION, FAMILIES[1], "bfloat16", "PyTorch"),
+    (shapes.TINY, FAMILIES[1], "bfloat16", "TensorRT"),
 ]
-"""Families, towers and dtypes of `make test`."""
+"""Towers, families, dtypes and backends of `make test`."""
 FP8 = "fp8-"
 ENCODINGS = [*checkpoints.DTYPES, f"{FP8}bfloat16"]
-EVERY = list(itertools.product((shapes.TINY, shapes.TINY_6B_VISION), FAMILIES, ENCODINGS))
+TOWERS = (shapes.TINY, shapes.TINY_6B_VISION)
+EVERY = [
+    case
+    for case in itertools.product(TOWERS, FAMILIES, ENCODINGS, interface.OFFERED)
+    # Not known to be loaded by TensorRT-LLM.
+    if case[1:] != (config.Family.QWEN2, f"{FP8}bfloat16", "TensorRT")
+]
 LONG = [pytest.param(case, marks=pytest.mark.long) for case in EVERY if case not in CI]
 
 
 @pytest.fixture(params=[*CI, *LONG], ids=lambda case: "-".join(map(str, case)))
-def unbuilt(request, tmp_path):
+def unbuilt(request, tmp_path, monkeypatch):
     """A cache with a checkpoint, and what to build of it."""
-    shape, family, dtype = request.param
+    shape, family, dtype, backend = request.param
+    if backend == "TensorRT":
+        nvidia_image.enter(monkeypatch, tmp_path / "site")
     folder = tmp_path / "published"
     synthesize.write_checkpoint(
         synthesize.Recipe(shape, family, 4), folder, tokenizer_model=Path(), report=lambda *_: None
@@ -101,12 +111,12 @@ def unbuilt(request, tmp_path):
         cache=cache,
         stage=stage,
     )
-    architecture = device.cpu_architecture()
+    architecture = device.architecture()
     spec = build.EngineSpec(
         checkpoint=converted.path.name,
-        backend="PyTorch",
+        backend=backend,
         architecture=architecture,
-        versions=device.versions("PyTorch", architecture),
+        versions=device.versions(backend, architecture),
         limits=LIMITS,
     )
     return cache, converted.path, spec

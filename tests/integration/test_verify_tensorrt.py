@@ -5,31 +5,31 @@ import os
 import subprocess
 import sys
 
+import nvidia_image
 import pytest
-from internvl_doubles import site
 
 SOURCE = {"synthetic": {"shape": "tiny", "family": "internlm2", "seed": 3}}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def image(tmp_path_factory):
-    """The variables of a process in the faked image."""
-    made = site.write(tmp_path_factory.mktemp("site"))
-    return {**os.environ, **made, "PATH": f"{made['PATH']}:{os.environ['PATH']}"}
+    with pytest.MonkeyPatch.context() as patch:
+        nvidia_image.enter(patch, tmp_path_factory.mktemp("site"))
+        yield
 
 
-def verify(image, report, **more):
+def verify(report, **more):
     command = [
         sys.executable, "hack/verify_tensorrt.py", "--source", json.dumps(SOURCE),
         "--report", str(report), "--dtype", "float32",
     ]  # fmt: skip
-    done = subprocess.run(command, env={**image, **more}, check=False)
+    done = subprocess.run(command, env={**os.environ, **more}, check=False)
     described = json.loads((report / "report.json").read_text())
     return done.returncode, {each["name"]: each for each in described["checks"]}
 
 
-def test_every_check_is_right_and_every_token_equal(image, tmp_path):
-    code, checks = verify(image, tmp_path)
+def test_every_check_is_right_and_every_token_equal(tmp_path):
+    code, checks = verify(tmp_path)
     assert {name: each["detail"] for name, each in checks.items() if not each["is_right"]} == {}
     assert code == 0
     compared = int(checks["build, serve, compare"]["detail"].split()[0])
@@ -37,8 +37,8 @@ def test_every_check_is_right_and_every_token_equal(image, tmp_path):
     assert "NVIDIA H200" in (tmp_path / "report.md").read_text()
 
 
-def test_what_is_wrong_is_told_and_the_rest_goes_on(image, tmp_path):
-    code, checks = verify(image, tmp_path, TRTLLM_BUILD_FAILS="gpu-memory")
+def test_what_is_wrong_is_told_and_the_rest_goes_on(tmp_path):
+    code, checks = verify(tmp_path, TRTLLM_BUILD_FAILS="gpu-memory")
     wrong = {name for name, each in checks.items() if not each["is_right"]}
     assert code == 1
     assert wrong == {"dry run of trtllm-build", "build, serve, compare"}
