@@ -1,5 +1,6 @@
 """The TensorRT engine with strict doubles of the executor and of TensorRT, against PyTorch's."""
 
+import dataclasses
 import random
 
 import nvidia_image
@@ -186,3 +187,102 @@ def test_a_build_is_told_the_likeliest_tokens(built, alone):
         torch.tensor([each.chosen for each in expected]),
         atol=1e-4,
     )
+
+
+def run(engine, until):
+    steps = []
+    while not until(steps):
+        steps += engine.step()
+    return steps
+
+
+def ended(count):
+    return lambda steps: sum(step.is_last for step in steps) == count
+
+
+def test_pictures_are_asked_for_when_they_are_needed(built):
+    asked = []
+    loaded = loading.load_engine(
+        built[2], LIMITS, picture_cache_bytes=2**28,
+        load_picture=lambda name, index: asked.append((name, index)),
+    )  # fmt: skip
+    (first, tiles), (second, _) = (
+        ask(name, [[5], picture(1), [6], picture(2)], context=CONTEXT) for name in ("a", "b")
+    )
+    hashes = list(tiles)
+    loaded.submit(first)
+    loaded.submit(second)
+    loaded.step()
+    assert asked == [("a", 0), ("a", 1)]
+    # What was asked for in its name may never come.
+    loaded.cancel("a")
+    loaded.step()
+    assert asked[2:] == [("b", 0), ("b", 1)]
+    assert not loaded.is_busy
+
+    loaded.put_tiles(hashes[0], tiles[hashes[0]])
+    loaded.put_tiles(hashes[1], tiles[hashes[1]])
+    steps = run(loaded, ended(1))
+    loaded.close()
+
+    assert {step.request_id for step in steps} == {"b"}
+    assert steps[-1].finish_reason is interface.FinishReason.LENGTH
+
+
+def test_a_picture_that_can_not_be_loaded_fails_who_needs_it(built):
+    loaded = loading.load_engine(
+        built[2], LIMITS, picture_cache_bytes=2**28, load_picture=lambda *_: None
+    )
+    needing, tiles = ask("needing", [[5], picture(1)], context=CONTEXT)
+    other, _ = ask("other", [[5, 6]], context=CONTEXT)
+    loaded.submit(needing)
+    loaded.submit(other)
+    loaded.step()
+    loaded.fail_picture(next(iter(tiles)), errors.RequestError("it is none", parameter="messages"))
+    steps = run(loaded, ended(2))
+    loaded.close()
+
+    failed = {step.request_id: step.error for step in steps if step.error}
+    assert {name: str(error) for name, error in failed.items()} == {"needing": "it is none"}
+
+
+def test_a_failing_vision_engine_fails_its_requests_alone(engine, monkeypatch):
+    def fail(_):
+        raise errors.EngineUnavailableError("the vision engine failed")
+
+    with_picture, tiles = ask("with", [[5], picture(1)], context=CONTEXT)
+    monkeypatch.setattr(engine._tower, "encode", fail)
+    with pytest.raises(errors.EngineUnavailableError, match="the server's log says why"):
+        list(stepping.answer(engine, with_picture, tiles))
+    monkeypatch.undo()
+
+    assert len(list(stepping.answer(engine, with_picture, tiles))) == 8
+
+
+def test_a_lower_priority_is_served_earlier(built):
+    limits = dataclasses.replace(LIMITS, max_batch_size=1)
+    loaded = loading.load_engine(built[2], limits, picture_cache_bytes=2**28)
+    for number, priority in enumerate([5, 1, -3, 0, 2, -1]):
+        request, _ = ask(f"p{priority}", [[5 + number]], context=CONTEXT, priority=priority)
+        loaded.submit(request)
+    steps = run(loaded, ended(6))
+    loaded.close()
+
+    assert [step.request_id for step in steps if step.is_last] == [
+        f"p{priority}" for priority in (-3, -1, 0, 1, 2, 5)
+    ]
+
+
+@pytest.mark.parametrize("streaming_end", [True, False])
+def test_an_answer_ends_with_its_stop_token(engine, alone, streaming_end):
+    request, tiles = ask("r", [[9, 8, 7]], context=CONTEXT, max_tokens=12)
+    tokens, _ = answer_alone(alone, request, tiles)
+    # The executor leaves out the end token, the smallest one, and returns the other ones.
+    stops = {tokens[4], 511} if streaming_end else {tokens[4], 0}
+    request = dataclasses.replace(request, stop_token_ids=frozenset(stops))
+    steps = list(stepping.answer(engine, request, tiles))
+
+    assert [token for step in steps for token in step.token_ids] == tokens[
+        : tokens.index(tokens[4]) + 1
+    ]
+    assert steps[-1].finish_reason is interface.FinishReason.STOP

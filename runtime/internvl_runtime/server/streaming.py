@@ -81,7 +81,9 @@ class _Choice:
         self.reason = "cancelled"
         self._decoder = tokenizer.IncrementalDecoder(tokens)
         self._stops = stops.StopFinder(stop)
-        self._admitted = self._last = 0.0
+        self._admitted = 0.0
+        self._last: float | None = None
+        """When the step before came."""
 
     def admit(self) -> None:
         self._admitted = time.monotonic()
@@ -110,11 +112,12 @@ class _Choice:
 
     def _observe(self, step: interface.Step) -> None:
         now = time.monotonic()
-        if step.start:
+        if self._last is None:
             metrics.TIME_TO_FIRST_TOKEN.observe(now - self._admitted)
-            metrics.QUEUE_TIME.observe(step.start.queued_seconds)
         else:
             metrics.INTER_TOKEN_LATENCY.observe(now - self._last)
+        if step.start:
+            metrics.QUEUE_TIME.observe(step.start.queued_seconds)
         self._last = now
         metrics.GENERATION_TOKENS.inc(len(step.token_ids))
 

@@ -9,7 +9,7 @@ import dataclasses
 import datetime
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -159,8 +159,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; one that has ended is none."""
-        if self._waiting.pop(request_id, None):
-            self._forget_pictures()
+        self._drop(request_id)
         for number, name in list(self._names.items()):
             if name == request_id:
                 self._executor.cancel_request(number)
@@ -173,7 +172,6 @@ class Engine:
     def fail_picture(self, content_hash: str, error: errors.RuntimeBaseError) -> None:
         """Give up the requests that need a picture which can not be loaded."""
         if self.pictures.is_asked(content_hash):
-            self.pictures.forget(content_hash)
             self._fail_waiting({content_hash}, error)
 
     def step(self) -> list[interface.Step]:
@@ -200,17 +198,23 @@ class Engine:
     def _enqueue(self) -> None:
         """Hand requests to the executor whose pictures are encoded, and ask for missing ones."""
         may_ask = True
-        for waiting in sorted(self._waiting.values(), key=lambda each: each.rank):
+        ranked = self._ranked()
+        for waiting in ranked:
             request = waiting.request
             wanted = _wanted(request)
             missing = self.pictures.missing(wanted)
             if missing:
                 # Behind one that finds no room nobody may ask: small requests would starve it.
-                may_ask = may_ask and self._ask(request, missing, is_first=may_ask)
+                is_first = waiting is ranked[0]
+                may_ask = may_ask and self._ask(request, missing, is_first=is_first)
             elif len(self._answers) < self._built.max_batch_size + _AHEAD and all(
                 self.pictures.is_encoded(each.content_hash) for each in wanted
             ):
                 self._enqueue_one(waiting)
+
+    def _ranked(self) -> list[_Waiting]:
+        """Return the requests that the executor has not, in their order."""
+        return sorted(self._waiting.values(), key=lambda each: each.rank)
 
     def _ask(
         self, request: stepping.Submitted, missing: list[gallery.Wanted], *, is_first: bool
@@ -244,12 +248,11 @@ class Engine:
             return
         batch: dict[str, gallery.Tiles] = {}
         room = self._tower.most_tiles
-        for waiting in sorted(self._waiting.values(), key=lambda each: each.rank):
-            for each in _wanted(waiting.request):
-                tiles = self.pictures.waiting.get(each.content_hash)
-                is_new = tiles is not None and each.content_hash not in batch
-                if tiles is not None and is_new and len(tiles) <= room:
-                    batch[each.content_hash] = tiles
+        for waiting in self._ranked():
+            for name in waiting.request.content_hashes:
+                tiles = self.pictures.waiting.get(name)
+                if tiles is not None and name not in batch and len(tiles) <= room:
+                    batch[name] = tiles
                     room -= len(tiles)
         if batch:
             self._under_way = frozenset(batch)
@@ -273,11 +276,9 @@ class Engine:
             made = encoding.result()
         except Exception:
             logger.exception("the vision engine failed")
-            for name in self._under_way:
-                self.pictures.forget(name)
             self._fail_waiting(self._under_way, _unexpected())
             return
-        needed = {name for each in self._waiting.values() for name in each.request.content_hashes}
+        needed = self._wanted_pictures()
         self._counts.take_pass(sum(map(len, made.values())) // config.TOKENS_PER_TILE)
         for name, features in made.items():
             self.pictures.put_features(name, features, needed=needed)
@@ -340,21 +341,27 @@ class Engine:
 
     def _end(self, name: str, number: int) -> None:
         del self._names[number], self._answers[name]
-        self._forget_pictures()
 
-    def _forget_pictures(self) -> None:
-        """Drop tiles that nobody waits for."""
-        wanted = {name for each in self._waiting.values() for name in each.request.content_hashes}
-        for name in [*self.pictures.waiting]:
-            if name not in wanted and name not in self._under_way:
-                self.pictures.forget(name)
+    def _drop(self, name: str) -> None:
+        """Forget a request that the executor has not, and pictures that no other one wants."""
+        dropped = self._waiting.pop(name, None)
+        wanted = self._wanted_pictures()
+        for content_hash in dropped.request.content_hashes if dropped else ():
+            if content_hash in wanted:
+                # The server may have dropped a load that was asked for in this request's name.
+                self.pictures.ask_again(content_hash)
+            else:
+                self.pictures.forget(content_hash)
+
+    def _wanted_pictures(self) -> set[str]:
+        return {name for each in self._waiting.values() for name in each.request.content_hashes}
 
     def _fail_waiting(
-        self, content_hashes: frozenset[str] | set[str], error: errors.RuntimeBaseError
+        self, content_hashes: Collection[str], error: errors.RuntimeBaseError
     ) -> None:
         for name, waiting in list(self._waiting.items()):
-            if content_hashes & set(waiting.request.content_hashes):
-                del self._waiting[name]
+            if not set(content_hashes).isdisjoint(waiting.request.content_hashes):
+                self._drop(name)
                 self.refuse(name, error)
 
     def _report(self) -> None:
