@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 RUNTIME = ROOT / "runtime" / "internvl_runtime"
 EXECUTOR = json.loads((ROOT / "tests" / "contract" / "tensorrt_llm_surface.json").read_text())
 OWNERS = {"told": "IterationStats", "cache": "KvCacheStats", "flight": "InflightBatchingStats",
-          "response": "Response", "result": "Result"}  # fmt: skip
+          "response": "Response", "result": "Result",
+          "metrics": "RequestPerfMetrics", "finished": "FinishReason"}  # fmt: skip
 """Variables of the engine, and what they are of."""
 PREFIXES = {"BatchingType", "CapacitySchedulerPolicy", "FinishReason", "ModelType"}
 LIMITS = interface.EngineLimits(
@@ -91,7 +92,7 @@ def test_every_name_of_the_executor_is_published():
             found.add(f"{OWNERS[owner]}.{name.partition('.')[0]}")
     # An enumeration is met on the way to its value.
     assert found - PREFIXES <= EXECUTOR["names"].keys()
-    assert {"Executor", "Executor.enqueue_request", "FinishReason.END_ID"} <= found
+    assert {"Executor", "Executor.enqueue_request", "FinishReason.STOP_WORDS"} <= found
 
 
 def test_every_keyword_of_the_executor_is_published():

@@ -273,16 +273,52 @@ def test_a_lower_priority_is_served_earlier(built):
     ]
 
 
-@pytest.mark.parametrize("streaming_end", [True, False])
-def test_an_answer_ends_with_its_stop_token(engine, alone, streaming_end):
+def test_an_answer_ends_with_its_stop_token_and_tells_how_likely_each_was(engine, alone):
     request, tiles = ask("r", [[9, 8, 7]], context=CONTEXT, max_tokens=12)
     tokens, _ = answer_alone(alone, request, tiles)
-    # The executor leaves out the end token, the smallest one, and returns the other ones.
-    stops = {tokens[4], 511} if streaming_end else {tokens[4], 0}
-    request = dataclasses.replace(request, stop_token_ids=frozenset(stops))
+    sampling = dataclasses.replace(request.sampling, log_probabilities=0)
+    request = dataclasses.replace(
+        request, sampling=sampling, stop_token_ids=frozenset({tokens[4], 0, 511})
+    )
     steps = list(stepping.answer(engine, request, tiles))
 
-    assert [token for step in steps for token in step.token_ids] == tokens[
-        : tokens.index(tokens[4]) + 1
-    ]
+    given = [token for step in steps for token in step.token_ids]
+    assert given == tokens[: tokens.index(tokens[4]) + 1]
     assert steps[-1].finish_reason is interface.FinishReason.STOP
+    assert sum(len(step.log_probabilities) for step in steps) == len(given)
+
+
+def test_a_picture_whose_asker_left_while_it_was_encoded_is_kept_once(built):
+    loaded = loading.load_engine(
+        built[2], LIMITS, picture_cache_bytes=2**28, load_picture=lambda *_: None
+    )
+    (first, tiles), (second, _) = (
+        ask(name, [[5], picture(1)], context=CONTEXT) for name in ("a", "b")
+    )
+    ((content_hash, own),) = tiles.items()
+    loaded.submit(first)
+    loaded.step()
+    loaded.put_tiles(content_hash, own)
+    loaded.step()
+    loaded.cancel("a")
+    loaded.submit(second)
+    steps = run(loaded, ended(1))
+    loaded.put_tiles(content_hash, own)
+    held = loaded.pictures.feature_bytes
+    loaded.close()
+
+    assert {step.request_id for step in steps} == {"b"}
+    assert held == 256 * built[1].language.hidden_size * 4
+    assert not loaded.pictures.waiting
+
+
+def test_a_cache_for_less_than_a_sequence_is_refused(built):
+    with pytest.raises(errors.StageError, match="does not fit") as caught:
+        loading.load_engine(built[2], LIMITS, picture_cache_bytes=2**28, kv_cache_bytes=2**20)
+    assert caught.value.reason is errors.Reason.OUT_OF_GPU_MEMORY
+
+
+def test_more_top_k_than_the_executor_takes_is_refused(engine):
+    sampling = interface.Sampling(max_tokens=1, top_k=1025)
+    with pytest.raises(errors.RequestError, match="at most 1024"):
+        list(stepping.answer(engine, *ask("r", [[5]], context=CONTEXT, sampling=sampling)))

@@ -1,5 +1,6 @@
 """Builds an engine: packs what serving needs, answers with it, and publishes it."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -207,10 +208,10 @@ def _verify(
     report(0, 1)
     loaded = _load(spec, checkpoint, model, workspace)
     started = time.monotonic()
-    answers = verification.answer(loaded, model, tokens)
+    with contextlib.closing(loaded):
+        answers = verification.answer(loaded, model, tokens)
     told = {"answerSeconds": round(time.monotonic() - started, 3), **device.memory_in_use(place)}
     report(1, 1)
-    loaded.close()
     del loaded
     gc.collect()
     recorded = [dataclasses.asdict(each.record()) for each in answers]
@@ -235,7 +236,7 @@ def _verify(
 def _load(
     spec: EngineSpec, checkpoint: caches.Published, model: config.ModelConfig, workspace: Path
 ) -> "stepping.Engine":
-    """Load what was built as serving would, but for one request at a time."""
+    """Load what was built as serving would."""
     if spec.backend == "TensorRT":
         from internvl_runtime.engine.tensorrt import loading as tensorrt
 

@@ -102,7 +102,8 @@ class Gallery:
     def forget(self, content_hash: str) -> None:
         """Give up a picture that nobody needs any more, or that can not be loaded."""
         self._asked.pop(content_hash, None)
-        if self._tiles.pop(content_hash, None) is not None:
+        self._tiles.pop(content_hash, None)
+        if content_hash not in self._features:
             self._counted.discard(content_hash)
 
     def features(self, content_hash: str) -> torch.Tensor:
@@ -119,6 +120,9 @@ class Gallery:
     ) -> None:
         """Keep features instead of tiles; drops old ones that are not `needed`."""
         self._tiles.pop(content_hash, None)
+        self._asked.pop(content_hash, None)
+        replaced = self._features.pop(content_hash, None)
+        self._feature_bytes -= 0 if replaced is None else replaced.nbytes
         self._features[content_hash] = features
         self._feature_bytes += features.nbytes
         self.shrink(self._max_feature_bytes, needed={content_hash, *needed})

@@ -174,7 +174,8 @@ class Start:
     cached_tokens: int
     """Prompt tokens whose keys and values were there from earlier requests."""
     queued_seconds: float
-    """From the engine's getting the request to its first step."""
+    """From the engine's getting the request to its first step, or to the queue of TensorRT-LLM's
+    executor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def silent_seconds(self) -> float:
+        """For how long what runs beside the steps has told nothing; for any thread."""
+        ...
+
+    @property
     def is_busy(self) -> bool:
         """Whether another step would do something without anything new."""
         ...

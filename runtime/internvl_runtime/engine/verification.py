@@ -105,7 +105,15 @@ def check(
 
 
 def _answer(engine: stepping.Engine, request: stepping.Submitted) -> Answered:
-    steps = list(stepping.answer(engine, request, DRAWN))
+    try:
+        steps = list(stepping.answer(engine, request, DRAWN))
+    except (errors.RequestError, errors.EngineUnavailableError) as e:
+        raise errors.StageError(
+            errors.Reason.VERIFICATION_FAILED,
+            f"the {request.request_id} prompt is not answered: {e}",
+            remedy="an engine takes a picture of 3 tiles and 1,024 tokens at least: raise "
+            "maxTilesPerRequest and maxSequenceTokens where they are lower; else read the log",
+        ) from e
     told = [each for step in steps for each in step.log_probabilities]
     if not all(math.isfinite(each.chosen) for each in told):
         raise errors.StageError(

@@ -7,6 +7,7 @@ one thread of its own, which takes messages from a queue between its steps.
 import argparse
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import logging
 import queue
@@ -163,13 +164,16 @@ def load(
 ) -> stepping.Engine:
     """Load an engine and repeat its recorded answers."""
     engine = _load_engine(opened, options, load_picture)
-    verification.check(
-        engine,
-        opened.model,
-        tokens,
-        recorded=opened.read_verification(),
-        dtype=opened.dtype,
-    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(engine.close)
+        verification.check(
+            engine,
+            opened.model,
+            tokens,
+            recorded=opened.read_verification(),
+            dtype=opened.dtype,
+        )
+        stack.pop_all()
     engine.reset()
     return engine
 
@@ -237,7 +241,7 @@ async def serve(
             writer.close()
             receiving.cancel()
             beating.cancel()
-            engine.close()
+            await loop.run_in_executor(thread, engine.close)
 
 
 def _start_receiving_tiles(socket: Path, worker: Worker) -> None:
@@ -301,7 +305,8 @@ async def _receive(reader: asyncio.StreamReader, desk: Desk) -> None:
 async def _beat(writer: asyncio.StreamWriter, worker: Worker, engine: stepping.Engine) -> None:
     while True:
         await asyncio.sleep(_HEARTBEAT_SECONDS)
-        writer.write(channel.encode(channel.Heartbeat(worker.step_seconds, engine.load())))
+        stalled = max(worker.step_seconds, engine.silent_seconds)
+        writer.write(channel.encode(channel.Heartbeat(stalled, engine.load())))
 
 
 def _to_submitted(submit: channel.Submit, *, matcher: grammar.Matcher | None) -> stepping.Submitted:

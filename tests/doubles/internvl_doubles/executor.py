@@ -134,6 +134,7 @@ ExecutorConfig = _strict(
     gpu_weights_percent=(float, 1.0), max_queue_size=_OPTIONAL_INT,
     guided_decoding_config=(None, None), gather_generation_logits=(bool, False),
     mm_embedding_offloading=(bool, False), enable_trt_overlap=(bool, False),
+    fail_fast_on_attention_window_too_large=(bool, False),
 )  # fmt: skip
 Request = _strict(
     "Request", ["input_token_ids", "max_tokens"],
@@ -165,6 +166,7 @@ KvCacheStats = _record(
     "KvCacheStats", "max_num_blocks", "used_num_blocks", "tokens_per_block", "reused_blocks",
     "missed_blocks",
 )  # fmt: skip
+RequestPerfMetrics = _record("RequestPerfMetrics", "kv_cache_metrics")
 InflightBatchingStats = _record(
     "InflightBatchingStats", "num_gen_requests", "num_context_requests", "num_paused_requests",
     "num_ctx_tokens",
@@ -262,6 +264,13 @@ class Executor:
             self._most_input = min(self._most_input, built["max_num_tokens"])
         self._rows = built["max_prompt_embedding_table_size"] // most
         self._block = built["plugin_config"]["tokens_per_block"]
+        room = self._config.kv_cache_config.max_tokens
+        if room is not None and room < self._sequence:
+            if not self._config.fail_fast_on_attention_window_too_large:
+                raise StrictError("the real one would serve shorter sequences, with a warning")
+            raise RuntimeError(f"attention window {self._sequence} is too large for {room} tokens")
+        if self._config.kv_cache_config.enable_partial_reuse:
+            raise StrictError("the double reuses whole blocks")
         self._vocabulary = model["vocab_size"]
         raw = (folder / "rank0.engine").read_bytes()
         if not raw.startswith(trtllm_build.MAGIC):
@@ -340,6 +349,8 @@ class Executor:
             raise StrictError(f"max_tokens {request.max_tokens} would be cut to {room}")
         if request.max_tokens < 1 or not token_ids:
             raise StrictError("an empty prompt, or no token to generate")
+        if (request.sampling_config.top_k or 0) > 1024:
+            raise StrictError("top_k would be cut to 1024")
         if not 0 <= request.priority <= 1:
             raise StrictError(f"priority {request.priority} is not in [0, 1]")
         rows = [(place, each) for place, each in enumerate(token_ids) if each >= self._vocabulary]
@@ -394,7 +405,8 @@ class Executor:
     def _iterate(self):
         with self._changed:
             self._changed.wait_for(lambda: self._requests or self._running or self._is_over)
-            if self._is_over:
+            # As the real one, it ends when every answer has.
+            if self._is_over and not self._requests and not self._running:
                 return False
             self._drop_cancelled()
             while self._requests and len(self._running) < self._batch:
@@ -522,7 +534,7 @@ class Executor:
         if output.return_generation_logits and not self._config.gather_generation_logits:
             raise StrictError("return_generation_logits without gather_generation_logits")
         is_over = reason is not FinishReason.NOT_FINISHED
-        metrics = types.SimpleNamespace(
+        metrics = RequestPerfMetrics(
             kv_cache_metrics=types.SimpleNamespace(num_reused_blocks=each.reused)
         )
         result = Result(

@@ -93,6 +93,11 @@ class Engine:
         return self.scheduler.pool.count
 
     @property
+    def silent_seconds(self) -> float:
+        """For how long what runs beside the steps has told nothing: nothing does."""
+        return 0.0
+
+    @property
     def is_busy(self) -> bool:
         """Whether another step would do something without anything new."""
         return bool(self._under_way or self._failed or self.scheduler.running)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from internvl_runtime import errors
 
@@ -10,6 +11,7 @@ VERSION = "1.2.1"
 LANGUAGE_FOLDER = "language"
 VISION_FILE = "vision.engine"
 _CONFIG = "config.json"
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,10 +22,10 @@ class Built:
     vocab_size: int
     """Of the model: a prompt's ids from here on are rows of its prompt table."""
     hidden_size: int
-    ranks: int
+    bytes_per_token: int
+    """Of keys and values in all layers."""
     max_batch_size: int
     max_sequence_tokens: int
-    max_batched_tokens: int
     rows_per_request: int
     """Of the prompt table: the engine's rows over its batch size."""
     tokens_per_block: int
@@ -40,21 +42,32 @@ def read(folder: Path) -> Built:
     Raises EngineIncompatibleError for another version, or an engine without paged context
     attention, on which chunked prompts and the reuse of blocks stand.
     """
-    raw = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    try:
+        return _read(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
+    except (OSError, KeyError, ValueError) as e:
+        raise _incompatible(f"{_CONFIG} of the engine can not be read: {e!r}") from e
+
+
+def _read(raw: dict[str, Any]) -> Built:
     if raw["version"] != VERSION:
         raise _incompatible(f"the engine is of TensorRT-LLM {raw['version']}, not {VERSION}")
     model, build = raw["pretrained_config"], raw["build_config"]
     plugins = build["plugin_config"]
+    if model["mapping"]["world_size"] != 1:
+        raise _incompatible("the engine is for several ranks; this version serves one")
     if plugins["use_paged_context_fmha"] not in {True, "enable"}:
         raise _incompatible("the engine was built without use_paged_context_fmha")
     return Built(
         dtype=model["dtype"],
         vocab_size=model["vocab_size"],
         hidden_size=model["hidden_size"],
-        ranks=model["mapping"]["world_size"],
+        bytes_per_token=2
+        * model["num_hidden_layers"]
+        * model["num_key_value_heads"]
+        * model["head_size"]
+        * _ITEM_BYTES[model["dtype"]],
         max_batch_size=build["max_batch_size"],
         max_sequence_tokens=build["max_seq_len"],
-        max_batched_tokens=build["max_num_tokens"],
         rows_per_request=build["max_prompt_embedding_table_size"] // build["max_batch_size"],
         tokens_per_block=int(plugins["tokens_per_block"]),
     )

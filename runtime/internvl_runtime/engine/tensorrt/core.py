@@ -104,11 +104,20 @@ class Engine:
         """Pictures in the vision engine."""
         self._reports: list[interface.StepReport] = []
         self._counts = counts.Counts(clock())
+        self._heard = clock()
+        """When the executor has told something, or the vision engine was given something."""
+        dtype_bytes = getattr(torch, built.dtype).itemsize
+        self._bytes_per_tile = config.TOKENS_PER_TILE * built.hidden_size * dtype_bytes
 
     @property
     def blocks(self) -> int:
         """Blocks of the key/value cache, as far as the executor has told."""
         return self._counts.blocks
+
+    @property
+    def silent_seconds(self) -> float:
+        """For how long what runs has told nothing; for any thread."""
+        return self._clock() - self._heard if self._answers or self._encoding else 0.0
 
     @property
     def is_busy(self) -> bool:
@@ -189,11 +198,16 @@ class Engine:
         self.pictures.shrink(0, needed=())
         self.pictures.hits = self.pictures.lookups = 0
         self.take_reports()
+        self._counts.reset()
 
     def close(self) -> None:
-        """End the executor and the thread of the vision engine."""
-        self._executor.shutdown()
-        self._encoder.shutdown()
+        """End running answers, the executor and the thread of the vision engine."""
+        try:
+            for number in self._names:
+                self._executor.cancel_request(number)
+            self._executor.shutdown()
+        finally:
+            self._encoder.shutdown()
 
     def _enqueue(self) -> None:
         """Hand requests to the executor whose pictures are encoded, and ask for missing ones."""
@@ -239,6 +253,8 @@ class Engine:
             self.refuse(request.request_id, _unexpected())
             return
         now = self._clock()
+        if not self._answers:
+            self._heard = now
         self._names[number] = request.request_id
         self._answers[request.request_id] = _Answer(request, now - waiting.arrived)
 
@@ -248,14 +264,22 @@ class Engine:
             return
         batch: dict[str, gallery.Tiles] = {}
         room = self._tower.most_tiles
-        for waiting in self._ranked():
+        needed, ranked = self._wanted_pictures(), self._ranked()
+        for waiting in ranked:
             for name in waiting.request.content_hashes:
                 tiles = self.pictures.waiting.get(name)
-                if tiles is not None and name not in batch and len(tiles) <= room:
+                if tiles is None or name in batch or len(tiles) > room:
+                    continue
+                count = sum(map(len, batch.values())) + len(tiles)
+                # Others than the first wait until features go: queues are longer than memory.
+                if waiting is ranked[0] or self.pictures.has_room_for(
+                    count * self._bytes_per_tile, needed=needed
+                ):
                     batch[name] = tiles
                     room -= len(tiles)
         if batch:
             self._under_way = frozenset(batch)
+            self._heard = self._clock()
             self._encoding = self._encoder.submit(self._encode, batch)
 
     def _encode(self, batch: dict[str, gallery.Tiles]) -> dict[str, torch.Tensor]:
@@ -276,6 +300,7 @@ class Engine:
             made = encoding.result()
         except Exception:
             logger.exception("the vision engine failed")
+            _raise_if_lost()
             self._fail_waiting(self._under_way, _unexpected())
             return
         needed = self._wanted_pictures()
@@ -288,6 +313,7 @@ class Engine:
             return []
         steps = []
         for response in self._executor.await_responses(timeout=_WAIT):
+            self._heard = self._clock()
             name = self._names.get(response.request_id)
             if name is not None:
                 steps.append(self._step_of(name, response))
@@ -297,6 +323,7 @@ class Engine:
         answer = self._answers[name]
         if response.has_error():
             logger.error("the executor gave %s up: %s", name, response.error_msg)
+            _raise_if_lost()
             self._end(name, response.request_id)
             return stepping.failure(name, _unexpected())
         result = response.result
@@ -310,7 +337,7 @@ class Engine:
             self._end(name, response.request_id)
         return interface.Step(
             request_id=interface.RequestId(name),
-            token_ids=requests.with_end(self._module, answer.request, token_ids, result),
+            token_ids=tuple(token_ids),
             log_probabilities=self._told(answer.request, token_ids, result),
             finish_reason=finish,
             start=self._start(answer, result),
@@ -366,10 +393,10 @@ class Engine:
 
     def _report(self) -> None:
         for told in self._executor.get_latest_iteration_stats():
-            self._counts.take(told)
-            self._reports.append(
-                self._counts.report(told, self.load(), self.pictures, now=self._clock())
-            )
+            self._heard = self._clock()
+            report = self._counts.take(told, self.load(), self.pictures, now=self._heard)
+            if report.tokens:
+                self._reports.append(report)
 
 
 def _wanted(request: stepping.Submitted) -> list[gallery.Wanted]:
@@ -379,6 +406,12 @@ def _wanted(request: stepping.Submitted) -> list[gallery.Wanted]:
         )
         for placement in request.prompt.placements
     ]
+
+
+def _raise_if_lost() -> None:
+    """Raise, and end the worker, where the GPU is lost for everybody."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _unexpected() -> errors.EngineUnavailableError:

@@ -5,8 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from internvl_runtime import errors
-from internvl_runtime.engine import gallery, interface, stepping
+from internvl_runtime.engine import gallery, interface, pixels, stepping
 from internvl_runtime.engine.tensorrt import built as builts
 from internvl_runtime.engine.tensorrt import core, vision
 
@@ -15,8 +17,10 @@ logger = logging.getLogger(__name__)
 _WAITING_TILES = 512
 """Tiles that may wait for the tower: 294 MiB."""
 _FREE_MEMORY_SHARE = 0.9
-"""Of the memory that is free once both engines are loaded, for keys and values: the executor's
-own default; the rest is for its buffers of a step."""
+"""Of the memory that is free once both engines and their buffers are there: the executor's own
+default."""
+_SHORT_OF_MEMORY = ("out of memory", "attention window", "kv cache")
+"""In what the executor raises."""
 _STATISTICS = 1000
 """Iterations whose statistics wait for us."""
 
@@ -38,10 +42,15 @@ def load_engine(
     tower = vision.Tower(
         folder / builts.VISION_FILE, dtype=built.dtype, hidden_size=built.hidden_size
     )
+    # What a pass needs is taken before the executor takes what is free.
+    tower.encode(np.zeros((tower.most_tiles, *pixels.TILE_SHAPE), np.uint8))
     from tensorrt_llm.bindings import executor as module
 
     config = _executor_config(
-        module, limits, kv_cache_bytes=kv_cache_bytes, tells_logits=tells_logits
+        module,
+        limits,
+        cache_tokens=kv_cache_bytes // built.bytes_per_token or None,
+        tells_logits=tells_logits,
     )
     executor = _create(module, folder / builts.LANGUAGE_FOLDER, config)
     return core.Engine(
@@ -59,7 +68,7 @@ def _executor_config(
     module: Any,
     limits: interface.EngineLimits,
     *,
-    kv_cache_bytes: int,
+    cache_tokens: int | None,
     tells_logits: bool,
 ) -> Any:
     return module.ExecutorConfig(
@@ -76,9 +85,13 @@ def _executor_config(
         ),
         kv_cache_config=module.KvCacheConfig(
             enable_block_reuse=True,
-            free_gpu_memory_fraction=None if kv_cache_bytes else _FREE_MEMORY_SHARE,
-            max_gpu_total_bytes=kv_cache_bytes,
+            # What is told of reused tokens counts whole blocks.
+            enable_partial_reuse=False,
+            max_tokens=cache_tokens,
+            free_gpu_memory_fraction=_FREE_MEMORY_SHARE,
         ),
+        # Else it would serve shorter sequences, with a warning.
+        fail_fast_on_attention_window_too_large=True,
         gather_generation_logits=tells_logits,
     )
 
@@ -89,7 +102,7 @@ def _create(module: Any, folder: Path, config: Any) -> Any:
     except Exception as e:
         words = str(e)
         logger.exception("the executor does not load the engine")
-        if "out of memory" in words.lower():
+        if any(told in words.lower() for told in _SHORT_OF_MEMORY):
             raise errors.StageError(
                 errors.Reason.OUT_OF_GPU_MEMORY,
                 f"the engine does not fit into the GPU: {words[:500]}",

@@ -14,6 +14,9 @@ from internvl_runtime import errors
 from internvl_runtime.engine import interface, sampling, stepping
 from internvl_runtime.engine.tensorrt import built as builts
 
+_MOST_TOP_K = 1024
+"""The executor would cut a larger one silently (`cpp/tensorrt_llm/layers/topKSamplingLayer.cu`)."""
+
 
 def check(request: stepping.Submitted, built: builts.Built) -> None:
     """Raise RequestError where a request is beyond what the engine was built for."""
@@ -21,6 +24,11 @@ def check(request: stepping.Submitted, built: builts.Built) -> None:
     rows = sum(placement.length for placement in request.prompt.placements)
     _check_limit("prompt tokens", len(token_ids), built.max_input_tokens)
     _check_limit("image tokens", rows, built.rows_per_request)
+    if request.sampling.top_k > _MOST_TOP_K:
+        raise errors.RequestError(
+            f"top_k is {request.sampling.top_k}; this engine takes at most {_MOST_TOP_K}",
+            parameter="top_k",
+        )
     # A text token there would be taken for a row of the table.
     beyond = next((each for each in token_ids if each >= built.vocab_size), None)
     if beyond is not None:
@@ -53,7 +61,6 @@ def create(
 
     With `tells_logits` the answer comes at once, with the logits of each of its tokens.
     """
-    end_id = min(request.stop_token_ids, default=None)
     return executor.Request(
         input_token_ids=_with_rows(request, built.vocab_size),
         max_tokens=max_tokens(request, built),
@@ -67,8 +74,8 @@ def create(
             exclude_input_from_output=True,
             return_perf_metrics=True,
         ),
-        end_id=end_id,
-        stop_words=[[each] for each in sorted(request.stop_token_ids - {end_id})] or None,
+        # An end id is left out of the answer, and has no log-probability; a stop word is not.
+        stop_words=[[each] for each in sorted(request.stop_token_ids)] or None,
         prompt_tuning_config=_prompt_table(executor, request, features, built.dtype),
         priority=_priority(request.priority),
     )
@@ -164,21 +171,9 @@ def finish_reason(executor: Any, reason: Any) -> interface.FinishReason | None:
     """Return why an answer ended, None where it goes on."""
     finished = executor.FinishReason
     return {
-        finished.END_ID: interface.FinishReason.STOP,
         finished.STOP_WORDS: interface.FinishReason.STOP,
         finished.LENGTH: interface.FinishReason.LENGTH,
     }.get(reason)
-
-
-def with_end(
-    executor: Any, request: stepping.Submitted, token_ids: Sequence[int], result: Any
-) -> tuple[int, ...]:
-    """Return an answer's new tokens with the one that ended it, which the executor leaves out."""
-    end_id = min(request.stop_token_ids, default=None)
-    ended = result.finish_reasons[0] == executor.FinishReason.END_ID
-    if end_id is None or not ended or (token_ids and token_ids[-1] == end_id):
-        return tuple(token_ids)
-    return (*token_ids, end_id)
 
 
 def told(

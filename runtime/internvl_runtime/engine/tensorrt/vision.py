@@ -33,6 +33,8 @@ class Tower:
         self.most_tiles = int(largest[0])
         """In one pass."""
         self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise _refused("TensorRT makes no execution context: as a rule memory is short")
         self._stream = torch.cuda.Stream() if self._device.type == "cuda" else None
 
     @torch.inference_mode()
