@@ -260,7 +260,7 @@ class Engine:
 
     def _begin_encoding(self) -> None:
         """Give the vision engine the next pass: tiles of several requests, up to its maximum."""
-        if self._encoding:
+        if self._encoding or not self.pictures.waiting:
             return
         batch: dict[str, gallery.Tiles] = {}
         room = self._tower.most_tiles

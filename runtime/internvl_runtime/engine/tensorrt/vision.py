@@ -11,8 +11,6 @@ from internvl_runtime import errors
 from internvl_runtime.engine import pixels, transfer
 from internvl_runtime.model import config
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 class Tower:
     """One execution context, for one thread."""
@@ -22,7 +20,7 @@ class Tower:
         import tensorrt
 
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._dtype = _DTYPES[dtype]
+        self._dtype = getattr(torch, dtype)
         self._hidden_size = hidden_size
         self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.WARNING))
         self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
@@ -43,7 +41,7 @@ class Tower:
 
         N is at most `most_tiles`. Raises EngineUnavailableError where TensorRT fails.
         """
-        with torch.cuda.stream(self._stream) if self._stream else torch.inference_mode():
+        with torch.cuda.stream(self._stream):
             given = transfer.upload(torch.from_numpy(tiles), self._device)
             normalized = pixels.normalize(given, dtype=self._dtype).contiguous()
             made = torch.empty(
