@@ -10,6 +10,7 @@ from internvl_runtime.engine import gallery, interface, stepping
 from internvl_runtime.engine.pytorch import (
     block_pool,
     core,
+    ranks,
     runner,
     sampler,
     scheduler,
@@ -269,3 +270,15 @@ def raising(error):
         raise error
 
     return launch
+
+
+def test_a_lost_rank_is_no_request_s_failure():
+    setting = Setting()
+
+    def launch(step, rows, features):
+        raise ranks.RankLostError
+
+    setting.engine.runner.launch = launch
+    setting.submit("one", {})
+    with pytest.raises(ranks.RankLostError):
+        setting.engine.step()

@@ -15,7 +15,7 @@ import torch
 
 from internvl_runtime import errors
 from internvl_runtime.engine import gallery, interface, sampling, stepping
-from internvl_runtime.engine.pytorch import block_pool, runner, sampler, scheduler
+from internvl_runtime.engine.pytorch import block_pool, ranks, runner, sampler, scheduler
 from internvl_runtime.model import config
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Engine:
         load: stepping.LoadPicture,
         lag: int,
         max_sequence_tokens: int,
+        close: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler.Scheduler(planner_limits, pool, can_start=self._can_start)
@@ -78,6 +79,7 @@ class Engine:
         self._load = load
         self._lag = lag
         self._max_sequence_tokens = max_sequence_tokens
+        self._close = close
         self._clock = clock
         self._started = clock()
         self._collected = self._started
@@ -209,7 +211,9 @@ class Engine:
         self.take_reports()
 
     def close(self) -> None:
-        """End what the engine has started: nothing."""
+        """Let the other ranks end, where there are any."""
+        if self._close:
+            self._close()
 
     def _can_start(self, sequence: scheduler.Sequence_, cached_tokens: int) -> bool:
         """Whether the pictures behind the cached tokens are at hand; asks for them."""
@@ -245,6 +249,8 @@ class Engine:
             self.scheduler.undo(step)
             self._fail(e.request_id, e.error)
             return False
+        except ranks.RankLostError:
+            raise
         except Exception as e:
             self.scheduler.undo(step)
             if not _is_out_of_memory(e):

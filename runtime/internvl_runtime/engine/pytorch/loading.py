@@ -16,7 +16,9 @@ from internvl_runtime.engine.pytorch import (
     block_pool,
     core,
     flashinfer,
+    following,
     language,
+    ranks,
     runner,
     sampler,
     scheduler,
@@ -64,22 +66,19 @@ def load_engine(
     device: str = "cpu",
     kernels: Path | None = None,
     load_picture: stepping.LoadPicture | None = None,
+    group: ranks.Distributed | None = None,
 ) -> core.Engine:
     """Load a checkpoint, with the compiled modules in the folder `kernels`.
 
-    Raises StageError when the memory is too small for one request.
+    As rank 0 of a `group`, where there is one, whose other ranks `follow`. Raises StageError when
+    the memory is too small for one request.
     """
-    if kernels:
-        flashinfer.use_packed(kernels)
     place = torch.device(device)
     tower = vision.VisionTower(
         model.vision, weights.load_weights(checkpoint / "vision.safetensors", place)
     )
-    decoder = language.LanguageModel(
-        model.language,
-        weights.load_weights(checkpoint / "rank0.safetensors", place),
-        max_tokens=max(limits.max_sequence_tokens, limits.max_batched_tokens),
-    )
+    decoder = _load_decoder(checkpoint, model, limits, place, kernels=kernels, group=group)
+    leader = following.Leader(group) if group else None
     step_limits = scheduler.Limits(
         max_batch_size=limits.max_batch_size,
         max_batched_tokens=max(limits.max_batched_tokens, limits.max_batch_size),
@@ -87,12 +86,17 @@ def load_engine(
     tiles_per_pass = _TILES_PER_PASS[place.type]
 
     def create_runner(blocks: int) -> runner.Runner:
-        cache = attention.allocate_cache(decoder.share, blocks, dtype=decoder.dtype, device=place)
+        if leader:
+            leader.allocate(blocks)
         return runner.Runner(
-            tower, decoder, _choose_attention(cache, decoder.share), tiles_per_pass=tiles_per_pass
+            tower,
+            decoder,
+            _create_attention(decoder, blocks),
+            tiles_per_pass=tiles_per_pass,
+            leader=leader,
         )
 
-    blocks = _count_blocks(limits, decoder, options, step_limits, create_runner)
+    blocks = _count_blocks(limits, decoder, options, step_limits, create_runner, leader)
     logger.info(
         "the key/value cache has %d blocks: %d tokens", blocks, blocks * block_pool.BLOCK_TOKENS
     )
@@ -106,7 +110,58 @@ def load_engine(
         load=load_picture or _load_nothing,
         lag=int(place.type == "cuda") if options.lag is None else options.lag,
         max_sequence_tokens=limits.max_sequence_tokens,
+        close=leader.stop if leader else None,
     )
+
+
+def follow(
+    checkpoint: Path,
+    model: config.ModelConfig,
+    limits: interface.EngineLimits,
+    *,
+    device: str = "cpu",
+    kernels: Path | None = None,
+    group: ranks.Distributed,
+) -> None:
+    """Load a rank's share, and do what rank 0 tells until it stops."""
+    place = torch.device(device)
+    decoder = _load_decoder(checkpoint, model, limits, place, kernels=kernels, group=group)
+    following.follow(
+        group,
+        decoder,
+        lambda blocks: _create_attention(decoder, blocks),
+        lambda blocks: _free_bytes(decoder, blocks),
+    )
+
+
+def _load_decoder(
+    checkpoint: Path,
+    model: config.ModelConfig,
+    limits: interface.EngineLimits,
+    place: torch.device,
+    *,
+    kernels: Path | None,
+    group: ranks.Distributed | None,
+) -> language.LanguageModel:
+    if kernels:
+        flashinfer.use_packed(kernels)
+    rank = group.rank if group else 0
+    return language.LanguageModel(
+        model.language,
+        weights.load_weights(checkpoint / f"rank{rank}.safetensors", place),
+        max_tokens=max(limits.max_sequence_tokens, limits.max_batched_tokens),
+        group=group or ranks.ALONE,
+    )
+
+
+def _create_attention(decoder: language.LanguageModel, blocks: int) -> attention.Attention:
+    if decoder.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    cache = attention.allocate_cache(
+        decoder.share, blocks, dtype=decoder.dtype, device=decoder.device
+    )
+    return _choose_attention(cache, decoder.share)
 
 
 def _load_nothing(request_id: str, index: int) -> None:
@@ -127,6 +182,7 @@ def _count_blocks(
     options: Options,
     step_limits: scheduler.Limits,
     create_runner: Callable[[int], runner.Runner],
+    leader: following.Leader | None,
 ) -> int:
     """Return how many blocks the cache has: as many as are of use, as far as memory goes."""
     per_block = attention.bytes_per_block(decoder.share, decoder.dtype)
@@ -134,7 +190,7 @@ def _count_blocks(
     useful = per_request * limits.max_batch_size
     free = options.kv_cache_bytes or _CPU_CACHE_BYTES
     if decoder.device.type == "cuda":
-        left = _free_after_largest_step(step_limits, create_runner)
+        left = _free_after_largest_step(step_limits, create_runner, leader)
         measured = left - options.picture_cache_bytes
         free = min(options.kv_cache_bytes or measured, measured)
         # On a GPU what is not needed at once serves later turns.
@@ -151,13 +207,13 @@ def _count_blocks(
 
 
 def _free_after_largest_step(
-    limits: scheduler.Limits, create_runner: Callable[[int], runner.Runner]
+    limits: scheduler.Limits,
+    create_runner: Callable[[int], runner.Runner],
+    leader: following.Leader | None,
 ) -> int:
     """Run the largest step, pass of the tower and choice; return what they leave free."""
     blocks = block_pool.blocks_for(limits.max_batched_tokens + 1)
     dry = create_runner(blocks)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     tiles = np.zeros((dry.tiles_per_pass, *pixels.TILE_SHAPE), dtype=np.uint8)
     for _ in dry.encode({"dry run": tiles}):
         pass
@@ -169,9 +225,19 @@ def _free_after_largest_step(
     dry.launch(step, [], gallery.Gallery(max_feature_bytes=0, max_waiting_tiles=0))
     rows = [_SAMPLED] * limits.max_batch_size
     sampler.choose(torch.zeros(len(rows), dry.model.language.vocab_size, device="cuda"), rows)
+    left = _free_bytes(dry.model, blocks)
+    return leader.measure(left) if leader else left
+
+
+def _free_bytes(decoder: language.LanguageModel, blocks: int) -> int:
+    """Return what the largest step left free since the cache of `blocks` was made, and the cache's.
+
+    Never asked on a CPU.
+    """
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del dry
-    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
+    allocated = torch.cuda.memory_allocated()
+    free += torch.cuda.memory_reserved() - allocated
+    free += blocks * attention.bytes_per_block(decoder.share, decoder.dtype)
+    peak = torch.cuda.max_memory_allocated() - allocated
     return int(free - (1 - _GPU_MEMORY_SHARE) * total) - peak

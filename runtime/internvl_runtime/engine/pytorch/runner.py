@@ -1,5 +1,6 @@
 """Runs planned steps on a device: tower, language model, choice of tokens."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -9,6 +10,7 @@ import torch
 from internvl_runtime.engine import gallery, transfer
 from internvl_runtime.engine.pytorch import (
     attention,
+    following,
     language,
     sampler,
     scheduler,
@@ -53,8 +55,11 @@ class Runner:
         attend: attention.Attention,
         *,
         tiles_per_pass: int,
+        leader: following.Leader | None = None,
     ) -> None:
+        """Take what rank 0 has; `leader` tells the other ranks."""
         self.model = model
+        self._leader = leader
         self.most_tiles_per_pass = self.tiles_per_pass = tiles_per_pass
         self.tower_passes = 0
         self.tiles_encoded = 0
@@ -97,13 +102,16 @@ class Runner:
         positions = torch.cat([torch.arange(c.start, c.end) for c in step.chunks])
         ends = np.cumsum([chunk.length for chunk in step.chunks]) - 1
         last = [int(end) for end, c in zip(ends, step.chunks, strict=True) if c.chooses]
-        self._attend.begin(attention.spans_of(step))
-        logits = self.model.forward(
-            hidden,
-            self._on_device(positions),
-            self._on_device(torch.tensor(last, dtype=torch.long)),
-            self._attend,
-        )
+        spans = attention.spans_of(step)
+        leader = self._leader
+        with leader.step(spans, hidden, last) if leader else contextlib.nullcontext():
+            self._attend.begin(spans)
+            logits = self.model.forward(
+                hidden,
+                self._on_device(positions),
+                self._on_device(torch.tensor(last, dtype=torch.long)),
+                self._attend,
+            )
         chunks = tuple(chunk for chunk in step.chunks if chunk.chooses)
         chosen = sampler.choose(logits, rows)
         names = {chunk.sequence.request_id: row for row, chunk in enumerate(chunks)}

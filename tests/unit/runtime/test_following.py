@@ -1,0 +1,87 @@
+"""What rank 0 tells is what the ranks behind it do."""
+
+import queue
+import types
+
+import pytest
+import torch
+from internvl_runtime.engine.pytorch import attention, following, ranks
+
+SPANS = [attention.Span(0, 3, [4, 5]), attention.Span(17, 1, [6, 7, 8])]
+
+
+class Group:
+    """Both ends of a connection of two ranks."""
+
+    def __init__(self):
+        self.told, self.shared, self.least_of, self.closed = queue.Queue(), queue.Queue(), [], 0
+
+    def tell(self, numbers):
+        self.told.put(numbers)
+
+    def hear(self):
+        return self.told.get_nowait()
+
+    def share(self, tensor):
+        if self.shared.empty():
+            self.shared.put(tensor)
+            return tensor
+        return self.shared.get()
+
+    def least(self, number):
+        self.least_of.append(number)
+        return number
+
+    def close(self):
+        self.closed += 1
+
+
+class Model:
+    """Keeps what it is run on; also stands for its attention."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+    language = types.SimpleNamespace(hidden_size=8)
+
+    def __init__(self):
+        self.runs, self.blocks = [], []
+
+    def create_attention(self, blocks):
+        self.blocks.append(blocks)
+        return self
+
+    def begin(self, spans):
+        self.spans = spans
+
+    def forward(self, hidden, positions, last, attend):
+        assert attend is self
+        self.runs.append((self.spans, hidden, positions.tolist(), last.tolist()))
+
+
+def test_ranks_behind_rank_0_run_the_same_tokens():
+    group, model = Group(), Model()
+    leader = following.Leader(group)
+    hidden = torch.rand(4, 8)
+    leader.allocate(9)
+    assert leader.measure(70) == 70
+    leader.allocate(5)
+    with leader.step(SPANS, hidden, [2, 3]):
+        pass
+    leader.stop()
+
+    following.follow(group, model, model.create_attention, lambda blocks: 10 * blocks)
+
+    assert model.blocks == [9, 5]
+    assert group.least_of == [70, 90]
+    ((spans, run, positions, last),) = model.runs
+    assert (spans, positions, last) == (SPANS, [0, 1, 2, 17], [2, 3])
+    assert torch.equal(run, hidden)
+    assert group.closed == 2
+
+
+def test_a_step_that_fails_on_rank_0_alone_ends_all():
+    def fail():
+        with following.Leader(Group()).step(SPANS, torch.rand(4, 8), [3]):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ranks.RankLostError, match="within a step of all ranks: CUDA out of memory"):
+        fail()
