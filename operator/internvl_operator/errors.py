@@ -31,6 +31,7 @@ class Reason(enum.StrEnum):
     UNSCHEDULABLE = "Unschedulable"
     VOLUME_NOT_BOUND = "VolumeNotBound"
     CRASH_LOOP = "CrashLoop"
+    RANK_FAILED = "RankFailed"
     NAME_TAKEN = "NameTaken"
     QUOTA_EXCEEDED = "QuotaExceeded"
 

@@ -146,13 +146,15 @@ def _build(arguments: argparse.Namespace, config_: settings.Settings) -> dict[st
 
 
 def _verify(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
-    from internvl_runtime.engine import folder, worker
-    from internvl_runtime.engine.pytorch import loading
+    from internvl_runtime.artifacts import answering
+    from internvl_runtime.engine import folder, verification
 
     del config_
     opened = folder.open_engine(arguments.engine)
-    worker.load(opened, opened.load_tokenizer(), options=loading.Options())
-    return {"engine": arguments.engine.resolve().name, "verified": True}
+    inputs = caches.read_manifest(opened.path).inputs
+    made = answering.answer(opened.path, inputs, caches.Cache(opened.path.parent.parent))
+    verification.check(made.answers, opened.read_verification(), dtype=opened.dtype)
+    return {"engine": opened.key, "verified": True}
 
 
 def _manage_cache(arguments: argparse.Namespace, config_: settings.Settings) -> None:

@@ -23,6 +23,7 @@ class Reason(enum.StrEnum):
     BUILD_TIMEOUT = "BuildTimeout"
     BUILD_FAILED = "BuildFailed"
     CRASH_LOOP = "CrashLoop"
+    RANK_FAILED = "RankFailed"
     VERIFICATION_FAILED = "VerificationFailed"
 
 

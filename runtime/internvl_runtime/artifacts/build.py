@@ -1,26 +1,21 @@
 """Builds an engine: packs what serving needs, answers with it, and publishes it."""
 
-import contextlib
 import dataclasses
-import gc
 import json
 import logging
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from internvl_runtime import errors
 from internvl_runtime.artifacts import checkpoint as checkpoints
 from internvl_runtime.artifacts import journal, progress, source
 from internvl_runtime.engine import device, folder, interface
-from internvl_runtime.model import config, tokenizer
+from internvl_runtime.model import config
 from internvl_runtime.store import cache as caches
 from internvl_runtime.store import keys
-
-if TYPE_CHECKING:
-    from internvl_runtime.engine import stepping
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +23,6 @@ _JOURNAL = "built-engines"
 """In the workspace, until it is published."""
 _TIMINGS = "timings"
 """TensorRT's measurements, which a later build on the same kind of GPU uses."""
-_PICTURE_BYTES = 512 * 2**20
-"""Of features, while it is verified."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,13 +121,6 @@ def _check_fit(spec: EngineSpec, checkpoint: caches.Published) -> None:
             f"{spec.architecture} has no FP8 products: they begin with compute capability 8.9",
             remedy="set spec.engine.quantization to None, or use an Ada, Hopper or later GPU",
         )
-    ranks = inputs["tensorParallelSize"]
-    if ranks != 1:
-        raise errors.StageError(
-            errors.Reason.INVALID_SPEC,
-            f"the checkpoint is for {ranks} ranks; this version serves one",
-            remedy="set spec.engine.tensorParallelSize to 1",
-        )
 
 
 def _build_parts(
@@ -197,23 +183,15 @@ def _verify(
     """Answer, compare with the published weights, record; return what the manifest tells of it."""
     import torch
 
-    from internvl_runtime.artifacts import reference, verify
-    from internvl_runtime.engine import verification
+    from internvl_runtime.artifacts import answering, reference, verify
 
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    model_folder = checkpoint.path / folder.MODEL_FOLDER
-    model = config.read_model_config(model_folder)
-    tokens = tokenizer.load_tokenizer(model_folder, model)
+    model = config.read_model_config(checkpoint.path / folder.MODEL_FOLDER)
     report = stage.step("answer", unit="prompts")
     report(0, 1)
-    loaded = _load(spec, checkpoint, model, workspace)
-    started = time.monotonic()
-    with contextlib.closing(loaded):
-        answers = verification.answer(loaded, model, tokens)
-    told = {"answerSeconds": round(time.monotonic() - started, 3), **device.memory_in_use(place)}
+    made = answering.answer(workspace, spec.inputs(), cache)
     report(1, 1)
-    del loaded
-    gc.collect()
+    answers = made.answers
+    told = {"answerSeconds": made.seconds, **made.memory}
     recorded = [dataclasses.asdict(each.record()) for each in answers]
     text = json.dumps(recorded, indent=2) + "\n"
     (workspace / folder.VERIFICATION).write_text(text, encoding="utf-8")
@@ -227,33 +205,10 @@ def _verify(
         weights,
         model,
         lane=reference.Lane(getattr(torch, encoding["dtype"]), encoding["quantization"] == "FP8"),
-        device=place,
+        device="cuda" if torch.cuda.is_available() else "cpu",
         report=stage.step("compare", unit="layers"),
     )
     return {**told, "compared": [dataclasses.asdict(each) for each in compared]}
-
-
-def _load(
-    spec: EngineSpec, checkpoint: caches.Published, model: config.ModelConfig, workspace: Path
-) -> "stepping.Engine":
-    """Load what was built as serving would."""
-    if spec.backend == "TensorRT":
-        from internvl_runtime.engine.tensorrt import loading as tensorrt
-
-        return tensorrt.load_engine(
-            workspace, spec.limits, picture_cache_bytes=_PICTURE_BYTES, tells_logits=True
-        )
-    from internvl_runtime.engine.pytorch import loading as pytorch
-
-    kernels = workspace / folder.KERNELS_FOLDER
-    return pytorch.load_engine(
-        checkpoint.path,
-        model,
-        dataclasses.replace(spec.limits, max_batch_size=1),
-        options=pytorch.Options(picture_cache_bytes=_PICTURE_BYTES),
-        device=device.torch_device(spec.architecture),
-        kernels=kernels if kernels.is_dir() else None,
-    )
 
 
 def _weights_folder(checkpoint: caches.Published, cache: caches.Cache) -> Path | None:

@@ -19,7 +19,7 @@ from internvl_runtime import errors
 from internvl_runtime.engine import interface
 from internvl_runtime.model import prompt
 
-VERSION = 3
+VERSION = 4
 _LENGTH_BYTES = 4
 _PACKET_BYTES = 4096
 
@@ -66,6 +66,12 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """Server to worker: end."""
 
 
+class Joined(msgspec.Struct, frozen=True, tag=True):
+    """Worker to server, first of all; ranks but 0 keep the connection and say no more."""
+
+    rank: int
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """Worker to server: loaded and verified."""
 
@@ -75,7 +81,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Worker to server: can not load."""
+    """Worker to server, of any rank: can not load."""
 
     reason: str
     message: str
@@ -115,7 +121,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker = Submit | Cancel | PictureFailed | Stop
-ToServer = Ready | Failed | LoadPicture | Steps | Heartbeat
+ToServer = Joined | Ready | Failed | LoadPicture | Steps | Heartbeat
 
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _to_server: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)

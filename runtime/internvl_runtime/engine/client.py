@@ -9,14 +9,12 @@ import contextlib
 import dataclasses
 import logging
 import socket as sockets
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from internvl_runtime import errors
-from internvl_runtime.engine import channel, folder, interface
+from internvl_runtime.engine import channel, folder, interface, processes
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +68,16 @@ class WorkerEngine:
         self._running: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loading = asyncio.Semaphore(options.loading_threads)
-        self._process: asyncio.subprocess.Process | None = None
+        self._processes = processes.Processes(engine.ranks)
         self._writer: asyncio.StreamWriter | None = None
         self._tiles: sockets.socket | None = None
         self._heard = 0.0
         self._ready = False
-        self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Tells why, once the worker has ended unasked."""
+
+    @property
+    def gone(self) -> "asyncio.Future[errors.StageError]":
+        """Why, once the worker has ended unasked."""
+        return self._processes.failed
 
     @property
     def is_ready(self) -> bool:
@@ -85,25 +86,16 @@ class WorkerEngine:
 
     async def start(self) -> None:
         """Start the worker and wait until it has loaded and verified the engine."""
-        connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = (
-            asyncio.get_running_loop().create_future()
-        )
-        with tempfile.TemporaryDirectory(prefix="internvl-") as name:
-            path = Path(name) / "engine.sock"
-            server = await asyncio.start_unix_server(
-                lambda reader, writer: connected.set_result((reader, writer)), path
-            )
-            try:
-                with channel.listen_for_tiles(channel.tiles_path(path)) as listening:
-                    self._process = await self._spawn(path)
-                    reader, self._writer = await self._unless_it_ends(connected)
-                    await self._wait_until_ready(reader)
-                    self._tiles = await self._accept(listening)
-            finally:
-                # Waiting until it is closed would, from Python 3.12 on, wait for the worker's end.
-                server.close()
+        self.gone.add_done_callback(self._fail_running)
+        with channel.listen_for_tiles(channel.tiles_path(self._processes.socket)) as listening:
+            seconds = self._options.start_seconds
+            reader, self._writer = await self._processes.start(self._arguments(), seconds=seconds)
+            reading = asyncio.ensure_future(self._wait_until_ready(reader))
+            await self._processes.unless_failed(reading, seconds=seconds)
+            self._tiles = await self._accept(listening)
         self._heard = time.monotonic()
         self._ready = True
+        self._processes.be_serving()
         self._start(self._receive(reader), "engine-receive")
         self._start(self._watch(), "engine-watch")
 
@@ -126,66 +118,42 @@ class WorkerEngine:
     async def stop(self) -> None:
         """Ask the worker to end, and end it when it does not."""
         self._ready = False
-        if self._process is None:
-            return
         with contextlib.suppress(ConnectionError):
             self._send(channel.Stop())
-        try:
-            await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
-        except TimeoutError:
-            logger.warning("the engine worker did not end within %s s", _STOP_SECONDS)
-            self._process.kill()
-            await self._process.wait()
+        await self._processes.stop(seconds=_STOP_SECONDS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._tiles:
             self._tiles.close()
 
-    async def _spawn(self, socket: Path) -> asyncio.subprocess.Process:
+    def _arguments(self) -> list[str]:
         options = self._options
-        arguments = [
+        step_log = [f"--step-log={options.step_log}"] if options.step_log else []
+        return [
             f"--engine={self._engine.path}",
-            f"--socket={socket}",
             f"--threads={options.threads}",
             f"--kv-cache-bytes={options.kv_cache_bytes}",
             f"--picture-cache-bytes={options.picture_cache_bytes}",
+            *step_log,
         ]
-        if options.step_log:
-            arguments.append(f"--step-log={options.step_log}")
-        return await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "internvl_runtime.engine.worker", *arguments
-        )
-
-    async def _unless_it_ends(self, connected: "asyncio.Future[Any]") -> Any:
-        """Wait for a connection; raises StageError when the worker ends before, or is too slow."""
-        process = self._process
-        ended = asyncio.ensure_future(process.wait()) if process else connected
-        await asyncio.wait(
-            [connected, ended],
-            timeout=self._options.start_seconds,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        if not connected.done():
-            ended.cancel()
-            raise _start_error("the engine worker did not start; its log says why")
-        ended.cancel()
-        return connected.result()
 
     async def _wait_until_ready(self, reader: asyncio.StreamReader) -> None:
         try:
-            message = await asyncio.wait_for(
-                channel.read_to_server(reader), self._options.start_seconds
-            )
-        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as e:
-            raise _start_error("the engine worker ended while loading; its log says why") from e
+            message = await channel.read_to_server(reader)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self._processes.lose()
+            raise await self.gone from None
         match message:
             case channel.Failed(reason, text, remedy):
                 raise errors.StageError(errors.Reason(reason), text, remedy=remedy)
             case channel.Ready(channel.VERSION, blocks):
                 self.blocks = blocks
             case _:
-                raise _start_error(f"the engine worker answered {message!r}")
+                raise errors.EngineIncompatibleError(
+                    f"the engine worker answered {message!r}",
+                    remedy="use one release of server and worker: the runtime image as it is",
+                )
 
     async def _accept(self, listening: sockets.socket) -> sockets.socket:
         accepting = asyncio.get_running_loop().sock_accept(listening)
@@ -200,7 +168,7 @@ class WorkerEngine:
                 self._heard = time.monotonic()
                 self._take(message)
         except (asyncio.IncompleteReadError, ConnectionError):
-            self._worker_is_gone("the engine worker ended while serving")
+            self._processes.lose()
 
     def _take(self, message: channel.ToServer) -> None:
         match message:
@@ -263,21 +231,17 @@ class WorkerEngine:
                 self._give_up(f"the engine has not been heard of for {silent:.0f} s")
 
     def _give_up(self, why: str) -> None:
-        if not self._ready:
-            return
         logger.error("%s: ending it", why)
-        if self._process and self._process.returncode is None:
-            self._process.kill()
-        self._worker_is_gone(why)
+        self._processes.fail(why)
 
-    def _worker_is_gone(self, why: str) -> None:
+    def _fail_running(self, gone: "asyncio.Future[errors.StageError]") -> None:
         self._ready = False
+        if gone.cancelled():
+            return
         running, self._running = self._running, {}
-        error = errors.EngineUnavailableError(why)
+        error = errors.EngineUnavailableError(gone.result().message)
         for each in running.values():
             each.sink(interface.Step(request_id=each.request.request_id, token_ids=(), error=error))
-        if not self.gone.done():
-            self.gone.set_result(why)
 
     def _send(self, message: channel.ToWorker) -> None:
         if self._writer is not None:
@@ -299,10 +263,4 @@ def _to_submit(request: interface.GenerationRequest) -> channel.Submit:
         sampling=request.sampling,
         constraint=request.constraint,
         priority=request.priority,
-    )
-
-
-def _start_error(message: str) -> errors.StageError:
-    return errors.StageError(
-        errors.Reason.CRASH_LOOP, message, remedy="read the log of the container"
     )

@@ -4,12 +4,17 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import platform
+import shutil
 from typing import Any
+
+from internvl_runtime.engine import mpi
 
 _MACHINES = {"x86_64": "x86_64", "aarch64": "arm64"}
 _CPU_PREFIX = "cpu-"
 _FIRST_FP8 = 89
 """Ada, compute capability 8.9."""
+_TENSORRT_CUDA_MAJOR = 13
+"""Of TensorRT-LLM 1.2.1."""
 _PACKAGES = {
     ("PyTorch", "cpu"): {"torch": "torch"},
     ("PyTorch", "cuda"): {"torch": "torch", "flashinfer": "flashinfer-python"},
@@ -28,6 +33,8 @@ class Gpu:
     memory: int
     """Bytes of one."""
     driver: str
+    cuda_major: int
+    """Of the newest CUDA that the driver serves."""
     count: int
 
 
@@ -51,6 +58,7 @@ def read_gpu() -> Gpu | None:
             architecture=f"sm_{major}{minor}",
             memory=pynvml.nvmlDeviceGetMemoryInfo(first).total,
             driver=pynvml.nvmlSystemGetDriverVersion(),
+            cuda_major=pynvml.nvmlSystemGetCudaDriverVersion() // 1000,
             count=count,
         )
 
@@ -59,6 +67,22 @@ def gpu_count() -> int:
     """Return how many GPUs this machine has, at least one where engines are built for them."""
     gpu = read_gpu()
     return gpu.count if gpu else 1
+
+
+def wanted_cuda_major(backend: str) -> int | None:
+    """Return the major version of the CUDA that a backend's libraries are built on, if known."""
+    if backend == "TensorRT":
+        return _TENSORRT_CUDA_MAJOR
+    _, _, local = importlib.metadata.version("torch").partition("+cu")
+    return int(local) // 10 if local.isdecimal() else None
+
+
+def shared_memory() -> int:
+    """Return the bytes that /dev/shm may hold, 0 where there is none."""
+    try:
+        return shutil.disk_usage(mpi.SHARED_MEMORY).total
+    except OSError:
+        return 0
 
 
 def cpu_architecture() -> str:

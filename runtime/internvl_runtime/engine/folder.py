@@ -15,6 +15,8 @@ from internvl_runtime.store import keys
 
 MODEL_FOLDER = "model"
 VERIFICATION = "verification.json"
+_SHARED_MEMORY_BYTES = 512 * 2**20
+"""Below, NCCL and MPI fail late and with other words; a container has 64 MiB unless it is told."""
 KERNELS_FOLDER = "kernels"
 """Compiled modules of an engine for GPUs."""
 
@@ -53,6 +55,8 @@ class EngineFolder:
     backend: str
     architecture: str
     dtype: str
+    ranks: int
+    """Processes that share the language model."""
     limits: interface.EngineLimits
     model: config.ModelConfig
 
@@ -77,19 +81,26 @@ class EngineFolder:
 def open_engine(path: Path) -> EngineFolder:
     """Open a published engine and check that it fits this machine.
 
-    Raises EngineIncompatibleError when architecture or versions differ, and
+    Raises EngineIncompatibleError when architecture, versions or GPUs differ, and
     StageError when the folder or its checkpoint is not complete.
     """
     path = path.resolve()
-    manifest = caches.read_manifest(path)
-    inputs = manifest.inputs
+    inputs = caches.read_manifest(path).inputs
     _check_device(inputs)
+    opened = describe(path, inputs, caches.Cache(path.parent.parent))
+    check_machine(opened)
+    return opened
+
+
+def describe(path: Path, inputs: Mapping[str, Any], cache: caches.Cache) -> EngineFolder:
+    """Return what a folder is that holds an engine of these inputs, published or not."""
     if inputs["backend"] == "PyTorch":
-        cache = caches.Cache(path.parent.parent)
         published = cache.get(keys.Kind.CHECKPOINTS, inputs["checkpoint"])
-        checkpoint, dtype = published.path, published.manifest.inputs["dtype"]
+        checkpoint, made = published.path, published.manifest.inputs
+        dtype, ranks = made["dtype"], made["tensorParallelSize"]
     else:
-        checkpoint, dtype = None, builts.read(path / builts.LANGUAGE_FOLDER).dtype
+        built = builts.read(path / builts.LANGUAGE_FOLDER)
+        checkpoint, dtype, ranks = None, built.dtype, built.ranks
     return EngineFolder(
         key=path.name,
         path=path,
@@ -97,11 +108,38 @@ def open_engine(path: Path) -> EngineFolder:
         backend=inputs["backend"],
         architecture=inputs["architecture"],
         dtype=dtype,
+        ranks=ranks,
         limits=dataclasses.replace(
             limits_of(inputs["build"]), capabilities=interface.OFFERED[inputs["backend"]]
         ),
         model=config.read_model_config(path / MODEL_FOLDER),
     )
+
+
+def check_machine(opened: EngineFolder) -> None:
+    """Compare ranks, GPUs, driver and shared memory. Raises EngineIncompatibleError."""
+    gpu = device.read_gpu()
+    if gpu is None or device.torch_device(opened.architecture) == "cpu":
+        return
+    if gpu.count < opened.ranks:
+        raise errors.EngineIncompatibleError(
+            f"the engine is for {opened.ranks} GPUs, this pod has {gpu.count}",
+            remedy="give the pod as many GPUs as spec.engine.tensorParallelSize says",
+        )
+    if opened.ranks > 1 and device.shared_memory() < _SHARED_MEMORY_BYTES:
+        raise errors.EngineIncompatibleError(
+            f"ranks talk through /dev/shm, which has {device.shared_memory() >> 20} MiB here and "
+            f"needs {_SHARED_MEMORY_BYTES >> 20} MiB",
+            remedy="mount an emptyDir with medium Memory at /dev/shm, as the operator does",
+        )
+    wanted = device.wanted_cuda_major(opened.backend)
+    if wanted and gpu.cuda_major < wanted:
+        raise errors.EngineIncompatibleError(
+            f"the node's driver {gpu.driver} serves CUDA {gpu.cuda_major}, "
+            f"this image's libraries want CUDA {wanted}",
+            remedy="update the driver of the node (CUDA 13 begins with driver 580), or serve on "
+            "another one",
+        )
 
 
 def _check_device(inputs: Any) -> None:

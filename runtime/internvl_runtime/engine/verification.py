@@ -75,22 +75,15 @@ def answer(
 
     Raises StageError when a logit is not finite.
     """
-    return [_answer(engine, request) for request in _requests(model, tokens)]
+    return [_answer(engine, request) for request in requests(model, tokens)]
 
 
-def check(
-    engine: stepping.Engine,
-    model: config.ModelConfig,
-    tokens: tokenizer.Tokenizer,
-    *,
-    recorded: list[dict[str, Any]],
-    dtype: str,
-) -> None:
-    """Answer the recorded prompts again; raises StageError at the first other token.
+def check(answers: list[Answered], recorded: list[dict[str, Any]], *, dtype: str) -> None:
+    """Compare answers with the recorded ones; raises StageError at the first other token.
 
     A step whose recorded margin is below the dtype's tolerance ends the comparison.
     """
-    for now, raw in zip(answer(engine, model, tokens), recorded, strict=True):
+    for now, raw in zip(answers, recorded, strict=True):
         before = Recorded(**raw)
         for step, (a, b) in enumerate(zip(now.token_ids, before.token_ids, strict=True)):
             if before.margins[step] < _TOLERANCES[dtype]:
@@ -129,9 +122,10 @@ def _answer(engine: stepping.Engine, request: stepping.Submitted) -> Answered:
     return Answered(request, token_ids, told, features)
 
 
-def _requests(
+def requests(
     model: config.ModelConfig, tokens: tokenizer.Tokenizer
 ) -> Iterator[stepping.Submitted]:
+    """Yield the prompts: one with a picture, one without."""
     for name, parts in (("image", (conversation.Image(0), _QUESTION)), ("text", (_QUESTION,))):
         turns = conversation.place_images([conversation.Turn(conversation.Role.USER, parts)])
         segments = conversation.render(turns, system_message=model.system_message)

@@ -10,8 +10,9 @@ import concurrent.futures
 import contextlib
 import json
 import logging
+import os
 import queue
-import sys
+import socket as sockets
 import threading
 import time
 from collections.abc import Sequence
@@ -19,27 +20,27 @@ from pathlib import Path
 from typing import TextIO
 
 import msgspec
-import torch
 
 from internvl_runtime import errors
 from internvl_runtime.engine import (
     channel,
-    device,
     folder,
     grammar,
     interface,
+    loading,
+    mpi,
     pixels,
     stepping,
     verification,
 )
-from internvl_runtime.engine.pytorch import loading
-from internvl_runtime.model import prompt, tokenizer
+from internvl_runtime.model import prompt
 
 logger = logging.getLogger(__name__)
 
 _HEARTBEAT_SECONDS = 1.0
 _COMPILED_AT_ONCE = 2
 """Grammars: each takes up to eight threads while it lasts."""
+_FAILED = 1
 _MOST_UNSENT = 64
 """Messages that may wait for the server before the engine waits for it."""
 
@@ -155,78 +156,51 @@ def _apply(command: Command, engine: stepping.Engine) -> None:
             engine.fail_picture(content_hash, channel.error_of(failure))
 
 
-def load(
-    opened: folder.EngineFolder,
-    tokens: tokenizer.Tokenizer,
-    *,
-    options: loading.Options,
-    load_picture: stepping.LoadPicture | None = None,
-) -> stepping.Engine:
-    """Load an engine and repeat its recorded answers."""
-    engine = _load_engine(opened, options, load_picture)
-    with contextlib.ExitStack() as stack:
-        stack.callback(engine.close)
-        verification.check(
-            engine,
-            opened.model,
-            tokens,
-            recorded=opened.read_verification(),
-            dtype=opened.dtype,
-        )
-        stack.pop_all()
-    engine.reset()
-    return engine
-
-
-def _load_engine(
-    opened: folder.EngineFolder, options: loading.Options, load_picture: stepping.LoadPicture | None
-) -> stepping.Engine:
-    if opened.checkpoint is None:
-        from internvl_runtime.engine.tensorrt import loading as tensorrt
-
-        return tensorrt.load_engine(
-            opened.path,
-            opened.limits,
-            picture_cache_bytes=options.picture_cache_bytes,
-            kv_cache_bytes=options.kv_cache_bytes,
-            load_picture=load_picture,
-        )
-    return loading.load_engine(
-        opened.checkpoint,
-        opened.model,
-        opened.limits,
-        options=options,
-        device=device.torch_device(opened.architecture),
-        kernels=opened.kernels,
-        load_picture=load_picture,
-    )
-
-
 def _load(
-    engine_dir: Path, options: loading.Options, load_picture: stepping.LoadPicture
+    engine_dir: Path,
+    options: loading.Options,
+    seat: loading.Seat,
+    load_picture: stepping.LoadPicture,
 ) -> tuple[stepping.Engine, grammar.Compiler]:
+    """Load an engine as rank 0 and repeat its recorded answers."""
     opened = folder.open_engine(engine_dir)
     tokens = opened.load_tokenizer()
-    engine = load(opened, tokens, options=options, load_picture=load_picture)
+    engine = loading.load(opened, options=options, seat=seat, load_picture=load_picture)
+    with contextlib.ExitStack() as stack:
+        stack.callback(engine.close)
+        answers = verification.answer(engine, opened.model, tokens)
+        verification.check(answers, opened.read_verification(), dtype=opened.dtype)
+        stack.pop_all()
+    engine.reset()
+    mpi.leave(os.environ)
     return engine, grammar.Compiler(tokens, vocab_size=opened.model.language.vocab_size)
 
 
 async def serve(
-    engine_dir: Path, socket: Path, *, options: loading.Options, step_log: Path | None
-) -> None:
-    """Connect to the server, load, and answer until it says stop or is gone."""
+    engine_dir: Path,
+    socket: Path,
+    seat: loading.Seat,
+    *,
+    options: loading.Options,
+    step_log: Path | None,
+) -> int:
+    """Connect to the server, load, and answer until it says stop or is gone.
+
+    Returns the exit code: mpirun ends the other ranks where it is not 0.
+    """
     reader, writer = await asyncio.open_unix_connection(socket)
+    writer.write(channel.encode(channel.Joined(seat.rank)))
     loop = asyncio.get_running_loop()
     worker = Worker(Send(loop, writer), step_log=step_log.open("w") if step_log else None)
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
         try:
             engine, grammars = await loop.run_in_executor(
-                thread, _load, engine_dir, options, worker.load_picture
+                thread, _load, engine_dir, options, seat, worker.load_picture
             )
         except errors.StageError as e:
-            writer.write(channel.encode(channel.Failed(e.reason.value, e.message, e.remedy)))
+            writer.write(channel.encode(_failed(e)))
             await writer.drain()
-            return
+            return _FAILED
         _start_receiving_tiles(socket, worker)
         writer.write(channel.encode(channel.Ready(channel.VERSION, engine.blocks)))
         running = loop.run_in_executor(thread, worker.run, engine)
@@ -242,6 +216,32 @@ async def serve(
             receiving.cancel()
             beating.cancel()
             await loop.run_in_executor(thread, engine.close)
+    return 0
+
+
+def follow(engine_dir: Path, socket: Path, seat: loading.Seat, *, options: loading.Options) -> int:
+    """Be a rank behind rank 0 until that one ends; returns the exit code."""
+    with sockets.socket(sockets.AF_UNIX) as connected:
+        connected.connect(str(socket))
+        connected.sendall(channel.encode(channel.Joined(seat.rank)))
+        threading.Thread(target=_end_with, args=(connected,), name="server", daemon=True).start()
+        try:
+            loading.follow(folder.open_engine(engine_dir), options=options, seat=seat)
+        except errors.StageError as e:
+            connected.sendall(channel.encode(_failed(e)))
+            return _FAILED
+    return 0
+
+
+def _end_with(connected: sockets.socket) -> None:
+    """End this process when the server does, which says nothing to ranks but 0."""
+    with contextlib.suppress(OSError):
+        if not connected.recv(1):
+            os._exit(_FAILED)
+
+
+def _failed(error: errors.StageError) -> channel.Failed:
+    return channel.Failed(error.reason.value, error.message, error.remedy)
 
 
 def _start_receiving_tiles(socket: Path, worker: Worker) -> None:
@@ -333,7 +333,7 @@ def _to_result(step: interface.Step) -> channel.StepResult:
 
 
 def main() -> int:
-    """Run the worker; the server starts it."""
+    """Run the worker, or one rank of it; the server starts it."""
     parser = argparse.ArgumentParser(prog="internvl-engine-worker")
     parser.add_argument("--engine", type=Path, required=True)
     parser.add_argument("--socket", type=Path, required=True)
@@ -342,17 +342,16 @@ def main() -> int:
     parser.add_argument("--picture-cache-bytes", type=int, required=True)
     parser.add_argument("--step-log", type=Path)
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    seat = loading.take_seat(arguments.socket.parent, threads=arguments.threads)
     options = loading.Options(
         kv_cache_bytes=arguments.kv_cache_bytes,
         picture_cache_bytes=arguments.picture_cache_bytes,
     )
-    asyncio.run(
-        serve(arguments.engine, arguments.socket, options=options, step_log=arguments.step_log)
-    )
-    return 0
+    engine, socket = arguments.engine, arguments.socket
+    if seat.rank:
+        return follow(engine, socket, seat, options=options)
+    return asyncio.run(serve(engine, socket, seat, options=options, step_log=arguments.step_log))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    mpi.end_with(main)

@@ -14,7 +14,7 @@ import fastapi.middleware.cors
 import uvicorn
 
 import internvl_runtime
-from internvl_runtime import errors, metrics, settings
+from internvl_runtime import metrics, settings
 from internvl_runtime.engine import client, folder
 from internvl_runtime.server import (
     asgi,
@@ -189,11 +189,7 @@ async def _wait_for_end(serving: "asyncio.Task[None]", engine: client.WorkerEngi
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     metrics.ENGINE_UP.set(0)
     if engine.gone.done() and not serving.done():
-        raise errors.StageError(
-            errors.Reason.CRASH_LOOP,
-            engine.gone.result(),
-            remedy="read the container's log; out of memory is the usual cause",
-        )
+        raise engine.gone.result()
 
 
 def _name_requests_in_logs() -> None:

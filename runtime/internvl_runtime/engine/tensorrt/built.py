@@ -23,12 +23,13 @@ class Built:
     """Of the model: a prompt's ids from here on are rows of its prompt table."""
     hidden_size: int
     bytes_per_token: int
-    """Of keys and values in all layers."""
+    """Of keys and values in all layers on one rank."""
     max_batch_size: int
     max_sequence_tokens: int
     rows_per_request: int
     """Of the prompt table: the engine's rows over its batch size."""
     tokens_per_block: int
+    ranks: int
 
     @property
     def max_input_tokens(self) -> int:
@@ -53,8 +54,10 @@ def _read(raw: dict[str, Any]) -> Built:
         raise _incompatible(f"the engine is of TensorRT-LLM {raw['version']}, not {VERSION}")
     model, build = raw["pretrained_config"], raw["build_config"]
     plugins = build["plugin_config"]
-    if model["mapping"]["world_size"] != 1:
-        raise _incompatible("the engine is for several ranks; this version serves one")
+    mapping = model["mapping"]
+    ranks: int = mapping["tp_size"]
+    if mapping["world_size"] != ranks:
+        raise _incompatible(f"the engine's stages are parallel, too: {mapping}")
     if plugins["use_paged_context_fmha"] not in {True, "enable"}:
         raise _incompatible("the engine was built without use_paged_context_fmha")
     return Built(
@@ -63,13 +66,14 @@ def _read(raw: dict[str, Any]) -> Built:
         hidden_size=model["hidden_size"],
         bytes_per_token=2
         * model["num_hidden_layers"]
-        * model["num_key_value_heads"]
+        * -(-model["num_key_value_heads"] // ranks)
         * model["head_size"]
         * _ITEM_BYTES[model["dtype"]],
         max_batch_size=build["max_batch_size"],
         max_sequence_tokens=build["max_seq_len"],
         rows_per_request=build["max_prompt_embedding_table_size"] // build["max_batch_size"],
         tokens_per_block=int(plugins["tokens_per_block"]),
+        ranks=ranks,
     )
 
 

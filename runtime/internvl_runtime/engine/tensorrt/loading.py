@@ -44,15 +44,9 @@ def load_engine(
     )
     # What a pass needs is taken before the executor takes what is free.
     tower.encode(np.zeros((tower.most_tiles, *pixels.TILE_SHAPE), np.uint8))
-    from tensorrt_llm.bindings import executor as module
-
-    config = _executor_config(
-        module,
-        limits,
-        cache_tokens=kv_cache_bytes // built.bytes_per_token or None,
-        tells_logits=tells_logits,
+    module, executor = _create_executor(
+        folder, limits, built, kv_cache_bytes=kv_cache_bytes, tells_logits=tells_logits
     )
-    executor = _create(module, folder / builts.LANGUAGE_FOLDER, config)
     return core.Engine(
         module,
         executor,
@@ -62,6 +56,45 @@ def load_engine(
         load=load_picture or _load_nothing,
         tells_logits=tells_logits,
     )
+
+
+def follow(
+    folder: Path,
+    limits: interface.EngineLimits,
+    *,
+    kv_cache_bytes: int = 0,
+    tells_logits: bool = False,
+) -> None:
+    """Be a rank behind rank 0, with the arguments that it loads with, until it shuts down.
+
+    Raises EngineIncompatibleError and StageError where the rank's engine can not be loaded.
+    """
+    built = builts.read(folder / builts.LANGUAGE_FOLDER)
+    _, executor = _create_executor(
+        folder, limits, built, kv_cache_bytes=kv_cache_bytes, tells_logits=tells_logits
+    )
+    # Behind the leader this waits for it.
+    executor.shutdown()
+
+
+def _create_executor(
+    folder: Path,
+    limits: interface.EngineLimits,
+    built: builts.Built,
+    *,
+    kv_cache_bytes: int,
+    tells_logits: bool,
+) -> tuple[Any, Any]:
+    """Return `tensorrt_llm.bindings.executor`, and one of its Executors."""
+    from tensorrt_llm.bindings import executor as module
+
+    config = _executor_config(
+        module,
+        limits,
+        cache_tokens=kv_cache_bytes // built.bytes_per_token or None,
+        tells_logits=tells_logits,
+    )
+    return module, _create(module, folder / builts.LANGUAGE_FOLDER, config)
 
 
 def _executor_config(

@@ -1,0 +1,160 @@
+"""Answers the recorded prompts with a built engine, in as many processes as it has ranks."""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import safetensors
+import safetensors.torch
+
+from internvl_runtime import errors
+from internvl_runtime.engine import device, folder, interface, loading, mpi, verification
+from internvl_runtime.store import cache as caches
+
+_PICTURE_BYTES = 512 * 2**20
+"""Of features."""
+_ANSWERS = "answers.safetensors"
+_FAILURE = "failure.json"
+_Told = dict[str, tuple[list[int], list[interface.TokenLogProbabilities]]]
+"""Tokens, and what was thought of each, by the prompt's name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What an engine has answered."""
+
+    answers: list[verification.Answered]
+    seconds: float
+    memory: dict[str, int]
+    """Of rank 0's GPU."""
+
+
+def answer(path: Path, inputs: Mapping[str, Any], cache: caches.Cache) -> Answers:
+    """Load the engine in a folder, made of these inputs, and answer.
+
+    Raises StageError where a rank can not load it, or it answers nonsense.
+    """
+    opened = folder.describe(path, inputs, cache)
+    if opened.ranks == 1:
+        return _answer(opened, loading.ALONE)
+    with tempfile.TemporaryDirectory(prefix="internvl-") as name:
+        meeting = Path(name)
+        _run_ranks(opened, inputs, cache, meeting)
+        return _read(opened, meeting / _ANSWERS)
+
+
+def _run_ranks(
+    opened: folder.EngineFolder, inputs: Mapping[str, Any], cache: caches.Cache, meeting: Path
+) -> None:
+    program = [
+        sys.executable, "-m", __name__, f"--folder={opened.path}", f"--cache-root={cache.root}",
+        f"--inputs={json.dumps(inputs)}", f"--meeting={meeting}",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="internvl-", dir=mpi.SHARED_MEMORY) as segments:
+        done = subprocess.run(  # noqa: S603 - our own program
+            mpi.command(opened.ranks, program),
+            env=mpi.environment(os.environ, segments=Path(segments)),
+            stdout=sys.stderr,
+            check=False,
+        )
+    failure = meeting / _FAILURE
+    if failure.exists():
+        raw = json.loads(failure.read_text(encoding="utf-8"))
+        raise errors.StageError(errors.Reason(raw["reason"]), raw["message"], remedy=raw["remedy"])
+    if done.returncode:
+        raise errors.StageError(
+            errors.Reason.RANK_FAILED,
+            f"the engine's ranks ended with code {done.returncode} while answering",
+            remedy="read the container's log; out of memory is the usual cause",
+        )
+
+
+def _answer(opened: folder.EngineFolder, seat: loading.Seat) -> Answers:
+    tokens = opened.load_tokenizer()
+    engine = loading.load(
+        _for_one_request(opened), options=_options(), seat=seat, tells_logits=True
+    )
+    started = time.monotonic()
+    with contextlib.closing(engine):
+        answers = verification.answer(engine, opened.model, tokens)
+    seconds = round(time.monotonic() - started, 3)
+    memory = device.memory_in_use(device.torch_device(opened.architecture))
+    del engine
+    gc.collect()
+    return Answers(answers, seconds, memory)
+
+
+def _for_one_request(opened: folder.EngineFolder) -> folder.EngineFolder:
+    """Return the engine with a cache for one request; the executor's table has its batch's size."""
+    if opened.checkpoint is None:
+        return opened
+    return dataclasses.replace(opened, limits=dataclasses.replace(opened.limits, max_batch_size=1))
+
+
+def _options() -> loading.Options:
+    return loading.Options(picture_cache_bytes=_PICTURE_BYTES)
+
+
+def _write(answers: Answers, path: Path) -> None:
+    told: _Told = {each.name: (each.token_ids, each.told) for each in answers.answers}
+    features = {each.name: each.features for each in answers.answers if each.features is not None}
+    metadata = {
+        "told": msgspec.json.encode(told).decode(),
+        "seconds": json.dumps(answers.seconds),
+        "memory": json.dumps(answers.memory),
+    }
+    safetensors.torch.save_file(features, path, metadata)
+
+
+def _read(opened: folder.EngineFolder, path: Path) -> Answers:
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        features = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    told = msgspec.json.decode(metadata["told"], type=_Told)
+    answers = [
+        verification.Answered(request, *told[request.request_id], features.get(request.request_id))
+        for request in verification.requests(opened.model, opened.load_tokenizer())
+    ]
+    return Answers(answers, json.loads(metadata["seconds"]), json.loads(metadata["memory"]))
+
+
+def main() -> int:
+    """Be one rank; `answer` starts all of them."""
+    parser = argparse.ArgumentParser(prog="internvl-answering")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--cache-root", type=Path, required=True)
+    parser.add_argument("--inputs", type=json.loads, required=True)
+    parser.add_argument("--meeting", type=Path, required=True)
+    arguments = parser.parse_args()
+    meeting = arguments.meeting
+    seat = loading.take_seat(meeting)
+    try:
+        cache = caches.Cache(arguments.cache_root)
+        opened = folder.describe(arguments.folder, arguments.inputs, cache)
+        if seat.rank:
+            loading.follow(
+                _for_one_request(opened), options=_options(), seat=seat, tells_logits=True
+            )
+        else:
+            _write(_answer(opened, seat), meeting / _ANSWERS)
+    except errors.StageError as e:
+        message = f"rank {seat.rank} of {seat.size}: {e.message}"
+        failure = {"reason": e.reason.value, "message": message, "remedy": e.remedy}
+        (meeting / _FAILURE).write_text(json.dumps(failure), encoding="utf-8")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    mpi.end_with(main)

@@ -1,0 +1,130 @@
+"""Ranks as processes: the command that starts them, and what each of them knows.
+
+Nothing here speaks MPI: `mpirun` starts the ranks and ends all of them when one
+fails; TensorRT-LLM's executor or torch.distributed connect them.
+"""
+
+import ctypes
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from internvl_runtime import errors
+
+logger = logging.getLogger(__name__)
+
+_PROGRAM = "mpirun"
+_PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
+_VARIABLE = re.compile(r"(OMPI|OPAL|PMIX|PMI|PRTE)_")
+_SETTINGS = {
+    # One machine: no remote shell is looked for. Open MPI 5 needs none for itself.
+    "OMPI_MCA_plm": "isolated",
+    # Without CAP_SYS_PTRACE ranks can not read each other's memory (Open MPI 4, then 5).
+    "OMPI_MCA_btl_vader_single_copy_mechanism": "none",
+    "OMPI_MCA_btl_sm_single_copy_mechanism": "none",
+    "PMIX_MCA_gds": "hash",
+    # Addresses of other machines are of no use, and a pod's name may have none.
+    "GLOO_SOCKET_IFNAME": "lo",
+    # Open MPI 5 does not start without.
+    "HOME": tempfile.gettempdir(),
+}
+
+_SEGMENT_FOLDERS = ("OMPI_MCA_btl_vader_backing_directory", "OMPI_MCA_btl_sm_backing_directory")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the kernel's, not a file of ours
+"""Through which ranks of one machine talk."""
+
+
+class Place(NamedTuple):
+    """Where a process stands among its ranks."""
+
+    rank: int
+    size: int
+
+
+def place(environment: Mapping[str, str]) -> Place:
+    """Return this process's rank, 0 of 1 where no mpirun has started it."""
+    return Place(
+        int(environment.get("OMPI_COMM_WORLD_RANK", 0)),
+        int(environment.get("OMPI_COMM_WORLD_SIZE", 1)),
+    )
+
+
+def command(ranks: int, program: Sequence[str]) -> list[str]:
+    """Return what starts a program as so many ranks: the program itself, where it is one.
+
+    Raises StageError where there is no mpirun.
+    """
+    if ranks == 1:
+        return list(program)
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    # A rank's threads may use every core of the pod, which may have fewer than there are ranks.
+    placed = ["--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
+    return [_find_program(), *root, *placed, "-n", str(ranks), *program]
+
+
+def _find_program() -> str:
+    """Return mpirun's path: TensorRT-LLM wants that of its own image, which is on PATH."""
+    beside = Path(sys.executable).with_name(_PROGRAM)
+    found = shutil.which(_PROGRAM) or (str(beside) if beside.exists() else None)
+    if found is None:
+        raise errors.StageError(
+            errors.Reason.RANK_FAILED,
+            "there is no mpirun on PATH, which starts the ranks of a model on several GPUs",
+            remedy="use the runtime image of this release, or install Open MPI 4.1 or 5",
+        )
+    return found
+
+
+def environment(base: Mapping[str, str], *, segments: Path | None = None) -> dict[str, str]:
+    """Return what a worker's environment is: of no other MPI job.
+
+    With `segments`, a folder in shared memory, it is that of ranks; what the user has set of
+    their settings stays.
+    """
+    own = {name: value for name, value in base.items() if not _is_of_a_job(name)}
+    if segments is None:
+        return own
+    return {**_SETTINGS, **dict.fromkeys(_SEGMENT_FOLDERS, str(segments)), **own}
+
+
+def leave(environment: MutableMapping[str, str]) -> None:
+    """Take away what would make a rank's child believe that it is a rank."""
+    for name in [name for name in environment if _VARIABLE.match(name)]:
+        del environment[name]
+
+
+def _is_of_a_job(name: str) -> bool:
+    """Whether mpirun has set a variable; parameters (MCA) and permissions are the user's."""
+    return bool(_VARIABLE.match(name)) and "_MCA_" not in name and "_ALLOW_" not in name
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process when mpirun is gone, whoever has killed it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Run a rank's program to its end, and end the process.
+
+    One that fails leaves at once: MPI's own end waits for the other ranks, which wait for this one.
+    """
+    code = 1
+    try:
+        code = main()
+    except errors.RuntimeBaseError as e:
+        logger.error("rank %d: %s", place(os.environ).rank, e)
+    except BaseException:
+        logger.exception("rank %d failed", place(os.environ).rank)
+    if code:
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit()

@@ -1,0 +1,213 @@
+"""The engine worker's processes as the server sees them: one, or mpirun and its ranks.
+
+Every rank connects to the server's socket and keeps the connection, so that its
+end is known at once, and by its name. Before all have connected only mpirun knows.
+"""
+
+import asyncio
+import collections
+import contextlib
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from internvl_runtime import errors
+from internvl_runtime.engine import channel, mpi
+
+logger = logging.getLogger(__name__)
+
+_LEADER = 0
+_KILL_SECONDS = 3.0
+"""How long mpirun may take to end its ranks."""
+_LAST_LINES = 40
+_NOTICE = re.compile(r"^-{20,}\n(.*?)\n-{20,}$", re.DOTALL | re.MULTILINE)
+"""How mpirun sets what it says apart."""
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Processes:
+    """Starts the worker and tells when one of its processes has ended unasked."""
+
+    def __init__(self, ranks: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.failed: asyncio.Future[errors.StageError] = loop.create_future()
+        """Why, once there is no worker any more."""
+        self._ranks = ranks
+        self._leader: asyncio.Future[Streams] = loop.create_future()
+        self._joined: set[int] = set()
+        self._doing = "loading"
+        self._is_stopping = False
+        self._server: asyncio.Server | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._errors: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._folders = contextlib.ExitStack()
+        self._folder = self._create_folder()
+        self.socket = self._folder / "engine.sock"
+        """Where the ranks meet, and the server."""
+
+    async def start(self, arguments: Sequence[str], *, seconds: float) -> Streams:
+        """Start the worker; returns rank 0's connection.
+
+        Raises StageError when a process ends before, or after so many seconds.
+        """
+        self._server = await asyncio.start_unix_server(self._join, self.socket)
+        await self._spawn([*arguments, f"--socket={self.socket}"])
+        streams: Streams = await self.unless_failed(self._leader, seconds=seconds)
+        return streams
+
+    async def unless_failed(self, wanted: "asyncio.Future[Any]", *, seconds: float) -> Any:
+        """Wait for a result; raises StageError when a process ends before, or it takes longer."""
+        await asyncio.wait(
+            [wanted, self.failed], timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        if wanted.done():
+            return wanted.result()
+        wanted.cancel()
+        if self.failed.done():
+            raise self.failed.result()
+        raise self._error(f"the engine worker was not ready within {seconds:g} s")
+
+    def be_serving(self) -> None:
+        """Call what ends from now on an end while serving."""
+        self._doing = "serving"
+
+    def lose(self, rank: int = _LEADER) -> None:
+        """Take in that a rank's connection has ended."""
+        if self._ranks == 1 or len(self._joined) == self._ranks:
+            self._end_of(rank)
+        # Else others may have ended first: mpirun knows, which ends them all.
+
+    def fail(self, why: str) -> None:
+        """Give the worker up; only the first call counts."""
+        if not self.failed.done() and not self._is_stopping:
+            self.failed.set_result(self._error(why))
+
+    async def stop(self, *, seconds: float) -> None:
+        """Wait for the end of a worker that was told to end, and end it when it does not."""
+        self._is_stopping = True
+        if self._process is not None and not await self._has_ended(
+            _KILL_SECONDS if self.failed.done() else seconds
+        ):
+            logger.warning("the engine worker did not end by itself")
+            await self._kill(self._process)
+        if self._server:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._folders.close()
+
+    async def _spawn(self, arguments: Sequence[str]) -> None:
+        program = [sys.executable, "-m", "internvl_runtime.engine.worker", *arguments]
+        self._process = await asyncio.create_subprocess_exec(
+            *mpi.command(self._ranks, program),
+            env=self._environment(),
+            stderr=None if self._ranks == 1 else asyncio.subprocess.PIPE,
+            # What a terminal's Ctrl-C ends is the server, after its answers.
+            start_new_session=True,
+        )
+        self._begin(self._watch(self._process), "engine-process")
+
+    def _environment(self) -> dict[str, str]:
+        if self._ranks == 1:
+            return mpi.environment(os.environ)
+        # What a killed mpirun can not remove lies where we do.
+        segments = self._create_folder(below=mpi.SHARED_MEMORY)
+        return mpi.environment(os.environ, segments=segments) | {"TMPDIR": str(self._folder)}
+
+    def _create_folder(self, below: Path | None = None) -> Path:
+        made = tempfile.TemporaryDirectory(
+            prefix="internvl-", dir=below, ignore_cleanup_errors=True
+        )
+        return Path(self._folders.enter_context(made))
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Take a rank's connection."""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            match await channel.read_to_server(reader):
+                case channel.Joined(0):
+                    self._joined.add(_LEADER)
+                    self._leader.set_result((reader, writer))
+                case channel.Joined(rank):
+                    self._joined.add(rank)
+                    self._begin(self._listen(rank, reader, writer), f"rank-{rank}")
+
+    async def _listen(
+        self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Wait for the end of a rank that has nothing to say but that it can not load."""
+        try:
+            match await channel.read_to_server(reader):
+                case channel.Failed(reason, message, remedy) if not self.failed.done():
+                    told = f"rank {rank} of {self._ranks}: {message}"
+                    self.failed.set_result(
+                        errors.StageError(errors.Reason(reason), told, remedy=remedy)
+                    )
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self.lose(rank)
+        finally:
+            writer.close()
+
+    def _end_of(self, rank: int) -> None:
+        who = "the engine worker" if self._ranks == 1 else f"rank {rank} of {self._ranks}"
+        self.fail(f"{who} ended while {self._doing}")
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Pass on what ranks and mpirun say, and wait for their end."""
+        if process.stderr:
+            async for line in process.stderr:
+                text = line.decode(errors="replace")
+                sys.stderr.write(text)
+                self._errors.append(text)
+        await process.wait()
+        if self._ranks == 1:
+            # What it has said last is read to the end of its connection, where there is one.
+            if not self._joined:
+                self._end_of(_LEADER)
+            return
+        notices = _NOTICE.findall("".join(self._errors))
+        said = (
+            " ".join(notices[-1].split()) if notices else f"mpirun has ended ({process.returncode})"
+        )
+        self.fail(f"the engine's ranks ended while {self._doing}: {said}")
+
+    async def _has_ended(self, seconds: float) -> bool:
+        if self._process is None:
+            return True
+        try:
+            await asyncio.wait_for(self._process.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _kill(self, process: asyncio.subprocess.Process) -> None:
+        """End the process; mpirun may end its ranks first."""
+        if self._ranks > 1:
+            process.terminate()
+            if await self._has_ended(_KILL_SECONDS):
+                return
+        process.kill()
+        await process.wait()
+
+    def _error(self, why: str) -> errors.StageError:
+        if self._ranks == 1:
+            reason, hint = errors.Reason.CRASH_LOOP, ""
+        else:
+            reason, hint = errors.Reason.RANK_FAILED, "; NCCL_DEBUG=INFO tells of GPUs' connections"
+        return errors.StageError(
+            reason,
+            why,
+            remedy=f"read the container's log; out of memory is the usual cause{hint}",
+        )
+
+    def _begin(self, work: Any, name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

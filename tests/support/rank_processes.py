@@ -1,0 +1,39 @@
+"""The processes of a running engine, by what the kernel tells of them."""
+
+import contextlib
+import time
+from pathlib import Path
+
+MPIRUN = "mpirun"
+
+
+def of(engine):
+    """Return process ids by rank, and mpirun's; those that have ended are none."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes()
+            if str(engine).encode() not in command or b"engine.worker" not in command:
+                continue
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            ranks = [each for each in environment if each.startswith(b"OMPI_COMM_WORLD_RANK=")]
+            name = int(ranks[0].partition(b"=")[2]) if ranks else MPIRUN
+            found[name] = int(folder.name)
+    return found
+
+
+def wait_for(engine, name, *, seconds=60):
+    """Return the process id of a rank, or of mpirun, once it is there."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if name in (found := of(engine)):
+            return found[name]
+        time.sleep(0.02)
+    raise AssertionError(f"{name} did not start")
+
+
+def left_behind():
+    """Return what ranks may leave: files in shared memory and in the temporary folder."""
+    places = [*Path("/dev/shm").iterdir(), *Path("/tmp").glob("ompi.*"),
+              *Path("/tmp").glob("prte.*"), *Path("/tmp").glob("pmix*")]  # fmt: skip
+    return set(map(str, [*places, *Path("/tmp").glob("internvl-*")]))

@@ -1,0 +1,67 @@
+"""What mpirun is called with, and what its ranks and their children inherit."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from internvl_runtime import errors
+from internvl_runtime.engine import mpi
+
+OF_A_JOB = {"OMPI_COMM_WORLD_RANK": "3", "PMIX_RANK": "3", "PRTE_LAUNCHED": "1", "PMI_ID": "3"}
+OF_THE_USER = {"OMPI_MCA_btl": "tcp,self", "OMPI_ALLOW_RUN_AS_ROOT": "1", "NCCL_DEBUG": "INFO"}
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    made = tmp_path / "mpirun"
+    made.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return str(made)
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_ranks_have_no_cores_of_their_own_and_need_no_slots(program, monkeypatch, user):
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    expected = [program, *(["--allow-run-as-root"] if user == 0 else [])]
+    expected += ["--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", "4", "a", "b"]
+    assert mpi.command(4, ["a", "b"]) == expected
+
+
+def test_one_rank_needs_no_mpirun(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert mpi.command(1, ["a", "b"]) == ["a", "b"]
+
+
+def test_mpirun_may_lie_beside_python_or_lack(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(errors.StageError, match="no mpirun on PATH") as caught:
+        mpi.command(2, ["a"])
+    assert caught.value.reason is errors.Reason.RANK_FAILED
+    (tmp_path / "mpirun").touch()
+    assert mpi.command(2, ["a"])[0] == str(tmp_path / "mpirun")
+
+
+def test_a_worker_belongs_to_no_other_job_and_keeps_what_the_user_sets():
+    given = {"PATH": "/bin", "HOME": "/root", **OF_A_JOB, **OF_THE_USER}
+    assert mpi.environment(given) == {"PATH": "/bin", "HOME": "/root", **OF_THE_USER}
+
+
+def test_ranks_need_no_shell_no_home_and_no_second_folder():
+    made = mpi.environment({"OMPI_MCA_plm": "slurm"}, segments=Path("/dev/shm/here"))
+    assert made["OMPI_MCA_plm"] == "slurm"
+    assert made["OMPI_MCA_btl_vader_single_copy_mechanism"] == "none"
+    assert made["OMPI_MCA_btl_sm_backing_directory"] == "/dev/shm/here"
+    assert made["HOME"]
+
+
+def test_a_ranks_children_are_no_ranks():
+    environment = {"PATH": "/bin", **OF_A_JOB, **OF_THE_USER}
+    mpi.leave(environment)
+    assert environment == {"PATH": "/bin", "NCCL_DEBUG": "INFO"}
+
+
+def test_place_is_what_mpirun_says():
+    assert mpi.place({}) == (0, 1)
+    assert mpi.place({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}) == (1, 2)
