@@ -1,5 +1,8 @@
+import os
+import sys
 from pathlib import Path
 
+import nvidia_image
 import pytest
 import runtime_process
 from internvl_runtime.artifacts import shapes
@@ -13,23 +16,22 @@ CASES = [
 ]
 
 
-def synthesize_checkpoint(folder, shape, family, seed=5):
-    done = runtime_process.run(
-        "synthesize", "--shape", shape, "--family", family.value, "--seed", seed,
-        "--output", folder, cache="/nonexistent",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return Path(folder)
-
-
 @pytest.fixture(scope="session", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def checkpoint(request, tmp_path_factory):
-    return synthesize_checkpoint(tmp_path_factory.mktemp("checkpoint"), *request.param)
+    return runtime_process.synthesize(tmp_path_factory.mktemp("checkpoint"), *request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_mpirun():
+    """The locked Open MPI, whichever the machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        yield
 
 
 @pytest.fixture(scope="session")
 def qwen_checkpoint(tmp_path_factory):
-    return synthesize_checkpoint(tmp_path_factory.mktemp("qwen"), *CASES[0])
+    return runtime_process.synthesize(tmp_path_factory.mktemp("qwen"), *CASES[0])
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +44,16 @@ def qwen_engine(qwen_checkpoint, tmp_path_factory):
 def server(qwen_engine):
     with runtime_process.serve(qwen_engine) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def engine(request, qwen_checkpoint, tmp_path_factory):
+    """An engine of (backend, ranks); TensorRT's stands on the fakes."""
+    backend, ranks = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "TensorRT":
+            nvidia_image.enter(patch, tmp_path_factory.mktemp("site"), gpus=ranks)
+        cache = tmp_path_factory.mktemp("cache")
+        yield runtime_process.build_engine(
+            qwen_checkpoint, cache=cache, backend=backend, ranks=ranks
+        )

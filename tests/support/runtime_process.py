@@ -18,6 +18,11 @@ FLAGS = {
     "maxBatchSize": 16, "maxSequenceTokens": 32768, "maxInputTokens": 32767,
     "maxBatchedTokens": 8192, "maxTilesPerImage": 12, "maxTilesPerRequest": 52,
 }  # fmt: skip
+ARCHITECTURES = {"PyTorch": "cpu-x86_64", "TensorRT": "sm_90"}
+VERSIONS = {
+    "PyTorch": {"torch": "2.11.0"},
+    "TensorRT": {"tensorrt": "10.14.1.48", "tensorrt_llm": "1.2.1"},
+}
 _READY_SECONDS = 120
 
 
@@ -54,21 +59,40 @@ def result_of(*arguments, cache):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def build_engine(folder: Path, *, cache: Path, dtype: str = "float32") -> Path:
+def synthesize(folder: Path, shape: str, family: str, seed: int = 5) -> Path:
+    """Make a checkpoint of random weights; returns its folder."""
+    done = run(
+        "synthesize", "--shape", shape, "--family", family, "--seed", seed, "--output", folder,
+        cache="/nonexistent",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return Path(folder)
+
+
+def build_engine(folder: Path, *, cache: Path, **how) -> Path:
     """Walk from a checkpoint's folder to a published engine; returns its folder."""
-    return build_engine_of({"folder": {"path": str(folder)}}, cache=cache, dtype=dtype)
+    return build_engine_of({"folder": {"path": str(folder)}}, cache=cache, **how)
 
 
-def build_engine_of(described: dict, *, cache: Path, dtype: str = "float32") -> Path:
+def build_engine_of(
+    described: dict,
+    *,
+    cache: Path,
+    dtype: str = "float32",
+    ranks: int = 1,
+    backend: str = "PyTorch",
+    flags: dict | None = None,
+) -> Path:
     """Walk from a source to a published engine; returns its folder."""
     source = json.dumps(described)
     weights = result_of("resolve", "--source", source, cache=cache)["weights"]
     result_of("fetch", "--source", source, "--weights", weights, cache=cache)
-    convert = ["convert", "--weights", weights, "--dtype", dtype]
+    convert = ["convert", "--weights", weights, "--dtype", dtype, "--tensor-parallel-size", ranks]
     checkpoint = result_of(*convert, cache=cache)["checkpoint"]
     build = [
-        "build", "--checkpoint", checkpoint, "--architecture", "cpu-x86_64",
-        "--versions", '{"torch": "2.11.0"}', "--flags", json.dumps(FLAGS),
+        "build", "--checkpoint", checkpoint, "--backend", backend,
+        "--architecture", ARCHITECTURES[backend], "--versions", json.dumps(VERSIONS[backend]),
+        "--flags", json.dumps(flags or FLAGS),
     ]  # fmt: skip
     return cache / "engines" / result_of(*build, cache=cache)["engine"]
 

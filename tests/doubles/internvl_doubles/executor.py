@@ -17,13 +17,10 @@ import time
 import types
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from internvl_runtime.engine import interface, sampling
-from internvl_runtime.engine.pytorch import attention, block_pool, language, weights
-from internvl_runtime.model import config as configs
 
-from internvl_doubles import trtllm_build
+from internvl_doubles import ranks
 
 ModelType = enum.Enum("ModelType", "DECODER_ONLY ENCODER_ONLY ENCODER_DECODER")
 BatchingType = enum.Enum("BatchingType", "STATIC INFLIGHT")
@@ -210,7 +207,7 @@ class _Running:
         self.extra_ids = extra_ids
         self.prompt_length = len(self.token_ids)
         self.computed = self.reused = 0
-        self.blocks = None
+        self.has_begun = False
         self.generated, self.log_probs, self.logits = [], [], []
         self.table = request.prompt_tuning_config
         self.is_cancelled = False
@@ -235,11 +232,13 @@ class Executor:
         self._responses = collections.deque()
         self._statistics = collections.deque(maxlen=executor_config.iter_stats_max_iterations)
         self._stored = collections.OrderedDict()
+        self._keys = itertools.count()
         self.reused_blocks = self.missed_blocks = 0
         self._numbers = itertools.count(1)
         self._changed = threading.Condition()
         self._is_over, self._failure = False, None
-        self._thread = threading.Thread(target=self._run, name="executor double", daemon=True)
+        work = self._ranks.follow if self._ranks.rank else self._run
+        self._thread = threading.Thread(target=work, name="executor double", daemon=True)
         self._thread.start()
 
     def _read(self, folder):
@@ -251,8 +250,6 @@ class Executor:
                 f"Runtime configured max batch size ({most}) must not exceed engine max batch "
                 f"size ({built['max_batch_size']})"
             )
-        if model["mapping"]["world_size"] != 1:
-            raise RuntimeError("the double serves one rank")
         self._dtype = _DTYPES[model["dtype"]]
         self._batch, self._sequence = most, built["max_seq_len"]
         self._budget = min(
@@ -272,13 +269,7 @@ class Executor:
         if self._config.kv_cache_config.enable_partial_reuse:
             raise StrictError("the double reuses whole blocks")
         self._vocabulary = model["vocab_size"]
-        raw = (folder / "rank0.engine").read_bytes()
-        if not raw.startswith(trtllm_build.MAGIC):
-            raise RuntimeError("deserialization failed: magic tag does not match")
-        tensors = safetensors.torch.load(raw[len(trtllm_build.MAGIC) :])
-        self._model = language.LanguageModel(
-            _language(model), weights.Weights(tensors), max_tokens=self._sequence
-        )
+        self._ranks = ranks.Ranks(folder, model, block=self._block, most_tokens=self._sequence)
 
     def __enter__(self):
         return self
@@ -287,13 +278,14 @@ class Executor:
         self.shutdown()
 
     def shutdown(self):
+        """End, on rank 0 once every answer has; elsewhere when rank 0 does."""
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
         self._thread.join()
 
     def can_enqueue_requests(self):
-        return True
+        return self._ranks.rank == 0
 
     def enqueue_request(self, request):
         self._check_alive()
@@ -330,12 +322,15 @@ class Executor:
         return responses
 
     def get_latest_iteration_stats(self):
+        self._check_alive()
         with self._changed:
             told = list(self._statistics)
             self._statistics.clear()
         return told
 
     def _check_alive(self):
+        if self._ranks.rank:
+            raise StrictError("requests and responses are rank 0's")
         if self._failure:
             raise RuntimeError(self._failure)
         if self._is_over:
@@ -396,6 +391,7 @@ class Executor:
         try:
             while self._iterate():
                 pass
+            self._ranks.stop()
         except Exception as e:
             with self._changed:
                 self._failure = f"{type(e).__name__}: {e}"
@@ -424,13 +420,14 @@ class Executor:
         for queue in (self._requests, self._running):
             for each in [each for each in queue if each.is_cancelled]:
                 queue.remove(each)
+                self._drop(each)
                 self._respond(each, [], FinishReason.CANCELLED)
 
     def _plan(self):
         """Return what each request computes: answers go on first, then prompts in pieces."""
         budget, chunks = self._budget, []
         for each in sorted(self._running, key=lambda running: running.is_in_context):
-            if each.blocks is None:
+            if not each.has_begun:
                 self._begin(each)
             length = min(len(each.token_ids) - each.computed, budget)
             if length:
@@ -439,58 +436,57 @@ class Executor:
         return chunks
 
     def _begin(self, each):
-        count = block_pool.blocks_for(each.prompt_length + each.request.max_tokens)
-        each.blocks = attention.allocate_cache(
-            self._model.share, count, dtype=self._dtype, device=torch.device("cpu")
-        )
-        if not self._config.kv_cache_config.enable_block_reuse:
-            return
-        # The last token is computed in any case: its logits are wanted.
-        for end in range(self._block, each.prompt_length, self._block):
-            found = self._stored.get(self._key(each, end))
-            if found is None:
-                break
-            self._stored.move_to_end(self._key(each, end))
-            for layer, values in zip(each.blocks, found, strict=True):
-                layer[self._places(end)] = values
-            each.reused += 1
+        each.has_begun = True
+        found = []
+        if self._config.kv_cache_config.enable_block_reuse:
+            # The last token is computed in any case: its logits are wanted.
+            for end in range(self._block, each.prompt_length, self._block):
+                key = self._key(each, end)
+                if key not in self._stored:
+                    break
+                self._stored.move_to_end(key)
+                found.append(self._stored[key])
+        tokens = each.prompt_length + each.request.max_tokens
+        self._ranks.do("begin", each.number, tokens, found)
+        each.reused = len(found)
         each.computed = each.reused * self._block
         self.reused_blocks += each.reused
         self.missed_blocks += -(-each.prompt_length // self._block) - each.reused
 
-    def _places(self, end):
-        """Return where a block of keys and values that ends at a token lies."""
-        return slice((end - self._block) // block_pool.BLOCK_TOKENS, end // block_pool.BLOCK_TOKENS)
-
     def _key(self, each, end):
         return tuple(each.token_ids[:end]), tuple(each.extra_ids[:end])
 
-    @torch.inference_mode()
     def _compute(self, chunks):
         for each, length in chunks:
             ids = torch.tensor(each.token_ids[each.computed : each.computed + length])
             is_row = ids >= self._vocabulary
-            hidden = self._model.embed(ids.where(~is_row, 0))
+            hidden = self._ranks.model.embed(ids.where(~is_row, 0))
             if is_row.any():
                 hidden[is_row] = each.table.embedding_table[ids[is_row] - self._vocabulary]
-            attend = attention.TorchAttention(each.blocks)
-            attend.begin([attention.Span(each.computed, length, range(len(each.blocks[0])))])
-            positions = torch.arange(each.computed, each.computed + length)
-            (logits,) = self._model.forward(hidden, positions, torch.tensor([length - 1]), attend)
+            logits = self._ranks.do("compute", each.number, each.computed, hidden)
             was_in_context = each.is_in_context
             each.computed += length
             if was_in_context:
-                self._store(each)
+                self._store(each, min(each.computed, each.prompt_length))
             if each.computed == len(each.token_ids):
                 self._choose(each, logits)
 
-    def _store(self, each):
-        for end in range(self._block, min(each.computed, each.prompt_length) + 1, self._block):
-            key = self._key(each, end)
+    def _store(self, each, end):
+        """Keep the blocks of a request's first tokens; the key is of all before, too."""
+        for index in range(end // self._block):
+            key = self._key(each, (index + 1) * self._block)
             if key not in self._stored:
-                self._stored[key] = [layer[self._places(end)].clone() for layer in each.blocks]
+                self._stored[key] = next(self._keys)
+                self._ranks.do("store", each.number, index, self._stored[key])
         while len(self._stored) > _STORED_BLOCKS:
-            self._stored.popitem(last=False)
+            _, oldest = self._stored.popitem(last=False)
+            self._ranks.do("forget", oldest)
+
+    def _drop(self, each):
+        """Keep what an answer has computed: a next turn has it before its question."""
+        if each.has_begun:
+            self._store(each, each.computed)
+            self._ranks.do("drop", each.number)
 
     def _choose(self, each, logits):
         row = logits.numpy()
@@ -545,6 +541,8 @@ class Executor:
             if output.return_generation_logits and each.logits else None,
             request_perf_metrics=metrics if output.return_perf_metrics and is_over else None,
         )  # fmt: skip
+        if is_over and each in self._running:
+            self._drop(each)
         with self._changed:
             if is_over and each in self._running:
                 self._running.remove(each)
@@ -569,20 +567,6 @@ class Executor:
         )  # fmt: skip
         with self._changed:
             self._statistics.append(told)
-
-
-def _language(model):
-    is_qwen = model["architecture"] == "Qwen2ForCausalLM"
-    return configs.LanguageConfig(
-        family=configs.Family.QWEN2 if is_qwen else configs.Family.INTERNLM2,
-        **{
-            name: model[name]
-            for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-        },
-        rms_norm_eps=model["norm_epsilon"],
-        rope_theta=model["rotary_base"],
-    )  # fmt: skip
 
 
 def _sampling(given):

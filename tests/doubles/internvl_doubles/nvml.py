@@ -1,5 +1,6 @@
-"""A fake `pynvml` that tells of one H200."""
+"""A fake `pynvml` that tells of H200s: FAKE_GPUS of them, one if it is not set."""
 
+import os
 import types
 
 
@@ -15,8 +16,8 @@ nvmlShutdown = nvmlInit  # noqa: N816
 
 
 def nvmlDeviceGetCount():  # noqa: N802
-    """Return 1."""
-    return 1
+    """Return how many the test wants."""
+    return int(os.environ.get("FAKE_GPUS", "1"))
 
 
 def nvmlDeviceGetHandleByIndex(index):  # noqa: N802
@@ -42,3 +43,8 @@ def nvmlDeviceGetMemoryInfo(handle):  # noqa: N802
 def nvmlSystemGetDriverVersion():  # noqa: N802
     """Return a driver."""
     return "580.95.05"
+
+
+def nvmlSystemGetCudaDriverVersion():  # noqa: N802
+    """Return the newest CUDA that the driver serves, 13.0."""
+    return int(os.environ.get("FAKE_DRIVER_CUDA", "13000"))
