@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# test-long.sh PART...: runs every test of tests/PART, repetitions and matrices included, and
-# writes the reports that are committed.
+# test-long.sh PART...: runs every test of tests/PART, a folder or a file, repetitions and matrices
+# included, and writes the reports that are committed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 reports=docs/test-reports
@@ -12,7 +12,7 @@ make_guidellm() {
 failed=0
 for part; do
   [ "$part" != integration ] || make_guidellm || exit
-  report=$reports/$part.txt
+  report=$reports/$(basename "${part//\//-}" .py).txt
   {
     echo "make test-long PARTS=$part, $(date -u +%F), commit $(git rev-parse --short HEAD)"
     echo "$(nproc) cores, $(free --giga | awk '/^Mem/ {print $2}') GB, Linux $(uname -r), $(.venv/bin/python --version)"
