@@ -72,3 +72,15 @@ class MeasurementError(RuntimeBaseError):
 
 class EngineUnavailableError(RuntimeBaseError):
     """Raised when the engine worker is gone; the request may be sent again elsewhere."""
+
+
+class RankError(RuntimeBaseError):
+    """Raised in a rank that can not go on."""
+
+
+class RankLostError(RankError):
+    """Raised when another rank does not answer any more."""
+
+
+class RankFailedError(RankError):
+    """Raised when this rank has failed where the others go on, and wait for it."""

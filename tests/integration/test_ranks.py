@@ -35,7 +35,7 @@ def body_of(seed):
     ]
     return {
         "messages": [{"role": "user", "content": content}],
-        "max_tokens": rng.randrange(8, 40),
+        "max_tokens": rng.randrange(4, 24),
         "temperature": seed % 2,
         "seed": seed,
         "ignore_eos": True,
@@ -172,7 +172,7 @@ def test_a_killed_rank_ends_the_whole(two_ranks, phase, name, tmp_path):
 
 @pytest.mark.parametrize(
     ("phase", "name"),
-    [("start", 1), ("idle", 1), ("decode", 0), ("decode", 1), ("idle", rank_processes.MPIRUN)],
+    [("start", 1), ("decode", 0), ("idle", rank_processes.MPIRUN)],
 )
 def test_a_killed_rank_of_an_executor_ends_the_whole(two_tensorrt_ranks, phase, name, tmp_path):
     check_killed(phase, name, two_tensorrt_ranks, tmp_path / "told")
@@ -257,7 +257,6 @@ def test_open_mpi_4_starts_ranks_and_tells_of_their_end(
     monkeypatch.setenv("PATH", f"{OPEN_MPI_4 / 'bin'}:{os.environ['PATH']}")
     (library,) = OPEN_MPI_4.glob("**/libmpi.so.40")
     monkeypatch.setenv("MPI4PY_LIBMPI", str(library))
-    for engine in (two_ranks, two_tensorrt_ranks):
-        check_sigterm(engine)
-        for phase in ("start", "decode"):
-            check_killed(phase, 1, engine, tmp_path / f"{engine.name[:8]}-{phase}")
+    check_killed("start", 1, two_ranks, tmp_path / "start")
+    check_killed("decode", 1, two_tensorrt_ranks, tmp_path / "decode")
+    check_sigterm(two_tensorrt_ranks)

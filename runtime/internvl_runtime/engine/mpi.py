@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _PROGRAM = "mpirun"
 _PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
+_LOST_SECONDS = 10.0
 _VARIABLE = re.compile(r"(OMPI|OPAL|PMIX|PMI|PRTE)_")
 _SETTINGS = {
     # One machine: no remote shell is looked for. Open MPI 5 needs none for itself.

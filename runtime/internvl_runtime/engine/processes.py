@@ -1,7 +1,8 @@
 """The engine worker's processes as the server sees them: one, or mpirun and its ranks.
 
-Every rank connects to the server's socket and keeps the connection, so that its
-end is known at once, and by its name. Before all have connected only mpirun knows.
+Every rank connects to the server's socket and keeps the connection: a rank that can not
+load says why, and the end of one is known at once. Which one it was is mpirun's word: the
+others wait for it to end them.
 """
 
 import asyncio
@@ -21,12 +22,16 @@ from internvl_runtime.engine import channel, mpi
 
 logger = logging.getLogger(__name__)
 
-_LEADER = 0
 _KILL_SECONDS = 3.0
 """How long mpirun may take to end its ranks."""
 _LAST_LINES = 40
 _NOTICE = re.compile(r"^-{20,}\n(.*?)\n-{20,}$", re.DOTALL | re.MULTILINE)
 """How mpirun sets what it says apart."""
+_CULPRIT = re.compile(
+    r"process rank (?P<killed>\d+) .*exited on (?P<signal>signal \d+ \([^)]*\))"
+    r"|Process name: \[.*[,.](?P<failed>\d+)\] (?P<code>Exit code: \d+)"
+)
+"""Of Open MPI 4 and 5, with every run of white space as one space."""
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -40,7 +45,6 @@ class Processes:
         """Why, once there is no worker any more."""
         self._ranks = ranks
         self._leader: asyncio.Future[Streams] = loop.create_future()
-        self._joined: set[int] = set()
         self._doing = "loading"
         self._is_stopping = False
         self._server: asyncio.Server | None = None
@@ -78,11 +82,12 @@ class Processes:
         """Call what ends from now on an end while serving."""
         self._doing = "serving"
 
-    def lose(self, rank: int = _LEADER) -> None:
+    def lose(self) -> None:
         """Take in that a rank's connection has ended."""
-        if self._ranks == 1 or len(self._joined) == self._ranks:
-            self._end_of(rank)
-        # Else others may have ended first: mpirun knows, which ends them all.
+        if self._ranks == 1:
+            self.fail(f"the engine worker ended while {self._doing}")
+        else:
+            self._begin(self._wait_for_mpirun(), "engine-lost")
 
     def fail(self, why: str) -> None:
         """Give the worker up; only the first call counts."""
@@ -133,10 +138,8 @@ class Processes:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             match await channel.read_to_server(reader):
                 case channel.Joined(0):
-                    self._joined.add(_LEADER)
                     self._leader.set_result((reader, writer))
                 case channel.Joined(rank):
-                    self._joined.add(rank)
                     self._begin(self._listen(rank, reader, writer), f"rank-{rank}")
 
     async def _listen(
@@ -151,13 +154,14 @@ class Processes:
                         errors.StageError(errors.Reason(reason), told, remedy=remedy)
                     )
         except (asyncio.IncompleteReadError, ConnectionError):
-            self.lose(rank)
+            self.lose()
         finally:
             writer.close()
 
-    def _end_of(self, rank: int) -> None:
-        who = "the engine worker" if self._ranks == 1 else f"rank {rank} of {self._ranks}"
-        self.fail(f"{who} ended while {self._doing}")
+    async def _wait_for_mpirun(self) -> None:
+        """Give mpirun the time to end all and to say why."""
+        if not await self._has_ended(_KILL_SECONDS):
+            self.fail(f"a rank ended while {self._doing}, and mpirun went on")
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Pass on what ranks and mpirun say, and wait for their end."""
@@ -167,16 +171,22 @@ class Processes:
                 sys.stderr.write(text)
                 self._errors.append(text)
         await process.wait()
-        if self._ranks == 1:
-            # What it has said last is read to the end of its connection, where there is one.
-            if not self._joined:
-                self._end_of(_LEADER)
-            return
-        notices = _NOTICE.findall("".join(self._errors))
-        said = (
-            " ".join(notices[-1].split()) if notices else f"mpirun has ended ({process.returncode})"
-        )
-        self.fail(f"the engine's ranks ended while {self._doing}: {said}")
+        if self._ranks > 1:
+            self.fail(self._say(process.returncode))
+        elif not self._leader.done():
+            # What it says last is read to the end of its connection, where there is one.
+            self.lose()
+
+    def _say(self, code: int | None) -> str:
+        """Return what mpirun has said at its end, or how it has ended."""
+        notices = [" ".join(notice.split()) for notice in _NOTICE.findall("".join(self._errors))]
+        found = [match for match in map(_CULPRIT.search, notices) if match]
+        if found:
+            rank, how = found[-1]["killed"] or found[-1]["failed"], found[-1]["signal"]
+            how = how or found[-1]["code"].lower()
+            return f"rank {rank} of {self._ranks} ended while {self._doing}: {how}"
+        said = notices[-1] if notices else f"mpirun ended with code {code}"
+        return f"the engine's ranks ended while {self._doing}: {said}"
 
     async def _has_ended(self, seconds: float) -> bool:
         if self._process is None:

@@ -10,7 +10,6 @@ from internvl_runtime.engine import gallery, interface, stepping
 from internvl_runtime.engine.pytorch import (
     block_pool,
     core,
-    ranks,
     runner,
     sampler,
     scheduler,
@@ -276,9 +275,9 @@ def test_a_lost_rank_is_no_request_s_failure():
     setting = Setting()
 
     def launch(step, rows, features):
-        raise ranks.RankLostError
+        raise errors.RankLostError
 
     setting.engine.runner.launch = launch
     setting.submit("one", {})
-    with pytest.raises(ranks.RankLostError):
+    with pytest.raises(errors.RankLostError):
         setting.engine.step()

@@ -5,7 +5,8 @@ import types
 
 import pytest
 import torch
-from internvl_runtime.engine.pytorch import attention, following, ranks
+from internvl_runtime import errors
+from internvl_runtime.engine.pytorch import attention, following
 
 SPANS = [attention.Span(0, 3, [4, 5]), attention.Span(17, 1, [6, 7, 8])]
 
@@ -83,5 +84,5 @@ def test_a_step_that_fails_on_rank_0_alone_ends_all():
         with following.Leader(Group()).step(SPANS, torch.rand(4, 8), [3]):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(ranks.RankLostError, match="within a step of all ranks: CUDA out of memory"):
+    with pytest.raises(errors.RankFailedError, match="of all ranks: CUDA out of memory"):
         fail()

@@ -15,7 +15,7 @@ import torch
 
 from internvl_runtime import errors
 from internvl_runtime.engine import gallery, interface, sampling, stepping
-from internvl_runtime.engine.pytorch import block_pool, ranks, runner, sampler, scheduler
+from internvl_runtime.engine.pytorch import block_pool, runner, sampler, scheduler
 from internvl_runtime.model import config
 
 logger = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ class Engine:
             self.scheduler.undo(step)
             self._fail(e.request_id, e.error)
             return False
-        except ranks.RankLostError:
+        except errors.RankError:
             raise
         except Exception as e:
             self.scheduler.undo(step)

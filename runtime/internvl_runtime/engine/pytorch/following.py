@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from internvl_runtime import errors
 from internvl_runtime.engine.pytorch import attention, language, ranks
 
 CreateAttention = Callable[[int], attention.Attention]
@@ -46,14 +47,16 @@ class Leader:
         """Let every rank run embeddings [T, hidden] forward, rank 0 inside the block.
 
         `last` are the rows with logits. What fails inside leaves the ranks at different places:
-        it becomes RankLostError.
+        it becomes RankFailedError.
         """
         self._group.tell([_Order.STEP, len(spans), *_numbers_of(spans), *last])
         self._group.share(hidden)
         try:
             yield
+        except errors.RankError:
+            raise
         except Exception as e:
-            raise ranks.RankLostError(f"rank 0 failed within a step of all ranks: {e}") from e
+            raise errors.RankFailedError(f"rank 0 failed within a step of all ranks: {e}") from e
 
     def stop(self) -> None:
         """Let every rank end."""

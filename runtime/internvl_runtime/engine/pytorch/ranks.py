@@ -58,13 +58,9 @@ def _naming_lost_ranks(method: Callable[_P, _R]) -> Callable[_P, _R]:
         try:
             return method(*args, **kwargs)
         except RuntimeError as e:
-            raise RankLostError(f"another rank is gone: {str(e).splitlines()[0]}") from e
+            raise errors.RankLostError(f"another rank is gone: {str(e).splitlines()[0]}") from e
 
     return told
-
-
-class RankLostError(errors.RuntimeBaseError):
-    """Raised when another rank does not answer any more."""
 
 
 class Distributed:
