@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from internvl_runtime.engine import folder, interface, pixels, stepping, worker
-from internvl_runtime.engine.pytorch import core, loading
+from internvl_runtime.engine import folder, interface, loading, pixels, stepping
+from internvl_runtime.engine.pytorch import core
 from internvl_runtime.model import config, prompt
 
 TILES, WORDS, ANSWER_TOKENS, SEQUENCES = 13, 55, 64, 16
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engine", type=Path)
     opened = folder.open_engine(parser.parse_args().engine)
-    engine = worker.load(opened, opened.load_tokenizer(), options=loading.Options())
+    engine = loading.load(opened, options=loading.Options())
     if not isinstance(engine, core.Engine):
         parser.error(f"{opened.backend} tells no trace; give an engine of PyTorch")
     for number in range(SEQUENCES):
