@@ -145,11 +145,18 @@ def test_cancelled_requests_end_and_others_go_on(engine, alone):
     for request, tiles in asked:
         engine.submit(request, tiles)
     answers = {}
+    assert engine.load().waiting == 8
     collect(engine, answers, until=lambda: len(answers.get("r0", [])) >= 5)
+    # Two more than the batch are at hand when one of it ends.
+    load = engine.load()
+    assert (load.running, load.waiting) == (6, 2)
+    assert load.blocks_used == engine._counts.blocks_used > 0
     for number in (0, 2, 7):
         engine.cancel(f"r{number}")
     before = {name: len(answers.get(name, [])) for name in ("r0", "r2", "r7")}
     collect(engine, answers)
+    # The last one was not in the executor yet.
+    assert len(engine._executor.cancelled) == 2
 
     for request, tiles in asked:
         name = request.request_id
@@ -241,8 +248,10 @@ def test_a_picture_that_can_not_be_loaded_fails_who_needs_it(built):
     loaded.step()
     loaded.fail_picture(next(iter(tiles)), errors.RequestError("it is none", parameter="messages"))
     steps = run(loaded, ended(2))
+    has_work = loaded.has_work
     loaded.close()
 
+    assert not has_work
     failed = {step.request_id: step.error for step in steps if step.error}
     assert {name: str(error) for name, error in failed.items()} == {"needing": "it is none"}
 
@@ -305,10 +314,11 @@ def test_a_picture_whose_asker_left_while_it_was_encoded_is_kept_once(built):
     loaded.submit(second)
     steps = run(loaded, ended(1))
     loaded.put_tiles(content_hash, own)
-    held = loaded.pictures.feature_bytes
+    held, load = loaded.pictures.feature_bytes, loaded.load()
     loaded.close()
 
     assert {step.request_id for step in steps} == {"b"}
+    assert load.picture_cache_bytes == held
     assert held == 256 * built[1].language.hidden_size * 4
     assert not loaded.pictures.waiting
 
@@ -323,3 +333,53 @@ def test_more_top_k_than_the_executor_takes_is_refused(engine):
     sampling = interface.Sampling(max_tokens=1, top_k=1025)
     with pytest.raises(errors.RequestError, match="at most 1024"):
         list(stepping.answer(engine, *ask("r", [[5]], context=CONTEXT, sampling=sampling)))
+
+
+def answers_with_fault(engine, fault):
+    """Answers, errors and reports of four requests of which one meets a fault in flight."""
+    asked = [ask(f"r{n}", [[5 + n] * 40], context=CONTEXT, max_tokens=30) for n in range(4)]
+    for request, tiles in asked:
+        engine.submit(request, tiles)
+    steps = run(engine, lambda steps: len(steps) >= 8)
+    engine._executor.fail_next(fault)
+    steps += run(engine, lambda more: ended(4)(steps + more))
+    answers, failed = {}, {}
+    for step in steps:
+        answers.setdefault(step.request_id, []).extend(step.token_ids)
+        if step.error:
+            failed[step.request_id] = str(step.error)
+    return asked, answers, failed
+
+
+@pytest.mark.parametrize("fault", ["error", "timed_out"])
+def test_an_answer_that_the_executor_gives_up_fails_alone(engine, alone, fault):
+    asked, answers, failed = answers_with_fault(engine, fault)
+
+    (message,) = failed.values()
+    assert message == "this request failed; the server's log says why"
+    for request, tiles in asked:
+        if request.request_id not in failed:
+            assert answers[request.request_id] == answer_alone(alone, request, tiles)[0]
+    assert not engine.has_work
+
+
+def test_a_paused_answer_goes_on_with_the_same_tokens(engine, alone):
+    asked, answers, failed = answers_with_fault(engine, "paused")
+
+    assert not failed
+    for request, tiles in asked:
+        assert answers[request.request_id] == answer_alone(alone, request, tiles)[0]
+    run(engine, lambda _: not engine.is_busy)
+    assert engine.take_reports()[-1].preemptions == 1
+
+
+def test_a_dead_executor_ends_the_worker(built):
+    loaded = loading.load_engine(built[2], LIMITS, picture_cache_bytes=2**28)
+    request, tiles = ask("r", [[5] * 40], context=CONTEXT, max_tokens=30)
+    loaded.submit(request, tiles)
+    run(loaded, lambda steps: len(steps) >= 2)
+    loaded._executor.fail_next("dead")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(loaded, lambda _: False)
+    with pytest.raises(RuntimeError):
+        loaded.close()

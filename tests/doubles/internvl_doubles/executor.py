@@ -14,6 +14,7 @@ import itertools
 import json
 import threading
 import time
+import traceback
 import types
 from pathlib import Path
 
@@ -225,6 +226,8 @@ class Executor:
             raise StrictError("Executor(model_path, ModelType.DECODER_ONLY, executor_config)")
         if not isinstance(executor_config, ExecutorConfig):
             raise StrictError("executor_config")
+        if executor_config.batching_type is not BatchingType.INFLIGHT:
+            raise StrictError("the double batches in flight")
         self._config = executor_config
         self._read(Path(model_path))
         self._requests = collections.deque()
@@ -234,7 +237,11 @@ class Executor:
         self._stored = collections.OrderedDict()
         self._keys = itertools.count()
         self.reused_blocks = self.missed_blocks = 0
-        self._numbers = itertools.count(1)
+        self._last = 0
+        """Of the requests' ids."""
+        self._faults = collections.deque()
+        self.cancelled = []
+        """Requests that were running or waiting when it was asked for; not of the real binding."""
         self._changed = threading.Condition()
         self._is_over, self._failure = False, None
         work = self._ranks.follow if self._ranks.rank else self._run
@@ -271,6 +278,13 @@ class Executor:
         self._vocabulary = model["vocab_size"]
         self._ranks = ranks.Ranks(folder, model, block=self._block, most_tokens=self._sequence)
 
+    def fail_next(self, how):
+        """Let what happens in flight happen: `error`, `timed_out`, `paused` or `dead`.
+
+        It meets the answer that computes next; not of the real binding.
+        """
+        self._faults.append(how)
+
     def __enter__(self):
         return self
 
@@ -291,7 +305,7 @@ class Executor:
         self._check_alive()
         extra_ids = self._check(request)
         with self._changed:
-            number = next(self._numbers)
+            self._last = number = self._last + 1
             if len(request.input_token_ids) > self._most_input:
                 message = (
                     f"Prompt length ({len(request.input_token_ids)}) exceeds maximum input length "
@@ -305,6 +319,8 @@ class Executor:
 
     def cancel_request(self, id):  # noqa: A002 - the published name
         self._check_alive()
+        if not isinstance(id, int) or not 0 < id <= self._last:
+            raise StrictError(f"cancel_request({id!r})")
         with self._changed:
             for each in [*self._requests, *self._running]:
                 each.is_cancelled |= each.number == id
@@ -393,10 +409,10 @@ class Executor:
                 pass
             self._ranks.stop()
         except Exception as e:
+            traceback.print_exc()
             with self._changed:
                 self._failure = f"{type(e).__name__}: {e}"
                 self._changed.notify_all()
-            raise
 
     def _iterate(self):
         with self._changed:
@@ -410,16 +426,45 @@ class Executor:
                 self._requests.remove(first)
                 self._running.append(first)
         began = time.monotonic()
+        paused = self._meet_faults()
         chunks = self._plan()
         if chunks:
             self._compute(chunks)
-            self._tell(chunks, time.monotonic() - began)
+            self._tell(chunks, time.monotonic() - began, paused=paused)
         return True
+
+    def _meet_faults(self):
+        """Return how many answers were paused."""
+        paused = 0
+        answering = [each for each in self._running if each.generated]
+        while self._faults and answering:
+            fault, each = self._faults.popleft(), answering.pop()
+            if fault == "dead":
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            if fault == "paused":
+                # As MAX_UTILIZATION does where blocks are short: all is computed again later.
+                self._drop(each)
+                each.has_begun, each.computed = False, 0
+                self._running.remove(each)
+                self._requests.appendleft(each)
+                paused += 1
+            elif fault == "timed_out":
+                self._respond(each, [], FinishReason.TIMED_OUT)
+            elif fault == "error":
+                self._drop(each)
+                with self._changed:
+                    self._running.remove(each)
+                    self._responses.append(Response(each.number, error_msg="Encountered an error"))
+                    self._changed.notify_all()
+            else:
+                raise StrictError(fault)
+        return paused
 
     def _drop_cancelled(self):
         for queue in (self._requests, self._running):
             for each in [each for each in queue if each.is_cancelled]:
                 queue.remove(each)
+                self.cancelled.append(each.number)
                 self._drop(each)
                 self._respond(each, [], FinishReason.CANCELLED)
 
@@ -517,7 +562,10 @@ class Executor:
         is_over = reason is not FinishReason.NOT_FINISHED
         # The token that ends an answer is not part of it; a stop word is.
         new = [] if reason is FinishReason.END_ID else [token]
-        if not request.streaming:
+        if request.streaming:
+            if request.return_all_generated_tokens:
+                new = [*each.generated[:-1], *new]
+        else:
             if not is_over:
                 return
             new = each.generated[: len(each.generated) - (reason is FinishReason.END_ID)]
@@ -549,19 +597,20 @@ class Executor:
             self._responses.append(Response(each.number, result=result))
             self._changed.notify_all()
 
-    def _tell(self, chunks, seconds):
+    def _tell(self, chunks, seconds, *, paused):
         decodes = sum(length == 1 and bool(each.generated[1:]) for each, length in chunks)
+        used = sum(-(-each.computed // self._block) for each in self._running)
         told = IterationStats(
             iter_latency_ms=1000 * seconds,
             num_active_requests=len(self._running), num_queued_requests=len(self._requests),
             kv_cache_stats=KvCacheStats(
-                max_num_blocks=_STORED_BLOCKS, used_num_blocks=len(self._stored),
+                max_num_blocks=_STORED_BLOCKS, used_num_blocks=used,
                 tokens_per_block=self._block, reused_blocks=self.reused_blocks,
                 missed_blocks=self.missed_blocks,
             ),
             inflight_batching_stats=InflightBatchingStats(
                 num_gen_requests=decodes, num_context_requests=len(chunks) - decodes,
-                num_paused_requests=0,
+                num_paused_requests=paused,
                 num_ctx_tokens=sum(length for _, length in chunks) - decodes,
             ),
         )  # fmt: skip
