@@ -43,6 +43,23 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the kernel's, not a file of our
 """Through which ranks of one machine talk."""
 
 
+_NOTICE = re.compile(r"^-{20,}\n(.*?)\n-{20,}$", re.DOTALL | re.MULTILINE)
+"""How mpirun sets what it says apart."""
+_CULPRIT = re.compile(
+    r"process rank (?P<killed>\d+) .*exited on (?P<signal>signal \d+ \([^)]*\))"
+    r"|Process name: \[.*[,.](?P<failed>\d+)\] E(?P<code>xit code: \d+)"
+)
+"""Of Open MPI 4 and 5, with every run of white space as one space."""
+
+
+class Notice(NamedTuple):
+    """What mpirun has said at its end."""
+
+    rank: int | None
+    """The one that ended by itself, where it says so."""
+    how: str
+
+
 class Place(NamedTuple):
     """Where a process stands among its ranks."""
 
@@ -94,6 +111,17 @@ def environment(base: Mapping[str, str], *, segments: Path | None = None) -> dic
     if segments is None:
         return own
     return {**_SETTINGS, **dict.fromkeys(_SEGMENT_FOLDERS, str(segments)), **own}
+
+
+def last_notice(said: str) -> Notice | None:
+    """Return the last notice in mpirun's log that names a rank, else the last one."""
+    notices = [" ".join(notice.split()) for notice in _NOTICE.findall(said)]
+    for notice in reversed(notices):
+        if found := _CULPRIT.search(notice):
+            if found["killed"]:
+                return Notice(int(found["killed"]), found["signal"])
+            return Notice(int(found["failed"]), f"e{found['code']}")
+    return Notice(None, notices[-1]) if notices else None
 
 
 def leave(environment: MutableMapping[str, str]) -> None:

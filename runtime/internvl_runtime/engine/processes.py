@@ -6,11 +6,9 @@ others wait for it to end them.
 """
 
 import asyncio
-import collections
 import contextlib
 import logging
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,14 +22,8 @@ logger = logging.getLogger(__name__)
 
 _KILL_SECONDS = 3.0
 """How long mpirun may take to end its ranks."""
-_LAST_LINES = 40
-_NOTICE = re.compile(r"^-{20,}\n(.*?)\n-{20,}$", re.DOTALL | re.MULTILINE)
-"""How mpirun sets what it says apart."""
-_CULPRIT = re.compile(
-    r"process rank (?P<killed>\d+) .*exited on (?P<signal>signal \d+ \([^)]*\))"
-    r"|Process name: \[.*[,.](?P<failed>\d+)\] (?P<code>Exit code: \d+)"
-)
-"""Of Open MPI 4 and 5, with every run of white space as one space."""
+_LAST_BYTES = 8192
+"""Of the log: mpirun's notice is at its end."""
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -49,7 +41,7 @@ class Processes:
         self._is_stopping = False
         self._server: asyncio.Server | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._errors: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
+        self._said = b""
         self._tasks: set[asyncio.Task[None]] = set()
         self._folders = contextlib.ExitStack()
         self._folder = self._create_folder()
@@ -68,12 +60,14 @@ class Processes:
 
     async def unless_failed(self, wanted: "asyncio.Future[Any]", *, seconds: float) -> Any:
         """Wait for a result; raises StageError when a process ends before, or it takes longer."""
-        await asyncio.wait(
-            [wanted, self.failed], timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-        )
-        if wanted.done():
-            return wanted.result()
-        wanted.cancel()
+        try:
+            await asyncio.wait(
+                [wanted, self.failed], timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            if wanted.done():
+                return wanted.result()
+        finally:
+            wanted.cancel()
         if self.failed.done():
             raise self.failed.result()
         raise self._error(f"the engine worker was not ready within {seconds:g} s")
@@ -91,8 +85,7 @@ class Processes:
 
     def fail(self, why: str) -> None:
         """Give the worker up; only the first call counts."""
-        if not self.failed.done() and not self._is_stopping:
-            self.failed.set_result(self._error(why))
+        self._fail(self._error(why))
 
     async def stop(self, *, seconds: float) -> None:
         """Wait for the end of a worker that was told to end, and end it when it does not."""
@@ -148,11 +141,9 @@ class Processes:
         """Wait for the end of a rank that has nothing to say but that it can not load."""
         try:
             match await channel.read_to_server(reader):
-                case channel.Failed(reason, message, remedy) if not self.failed.done():
+                case channel.Failed(reason, message, remedy):
                     told = f"rank {rank} of {self._ranks}: {message}"
-                    self.failed.set_result(
-                        errors.StageError(errors.Reason(reason), told, remedy=remedy)
-                    )
+                    self._fail(errors.StageError(errors.Reason(reason), told, remedy=remedy))
         except (asyncio.IncompleteReadError, ConnectionError):
             self.lose()
         finally:
@@ -166,10 +157,10 @@ class Processes:
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Pass on what ranks and mpirun say, and wait for their end."""
         if process.stderr:
-            async for line in process.stderr:
-                text = line.decode(errors="replace")
-                sys.stderr.write(text)
-                self._errors.append(text)
+            while said := await process.stderr.read(_LAST_BYTES):
+                sys.stderr.buffer.write(said)
+                sys.stderr.buffer.flush()
+                self._said = (self._said + said)[-_LAST_BYTES:]
         await process.wait()
         if self._ranks > 1:
             self.fail(self._say(process.returncode))
@@ -178,15 +169,16 @@ class Processes:
             self.lose()
 
     def _say(self, code: int | None) -> str:
-        """Return what mpirun has said at its end, or how it has ended."""
-        notices = [" ".join(notice.split()) for notice in _NOTICE.findall("".join(self._errors))]
-        found = [match for match in map(_CULPRIT.search, notices) if match]
-        if found:
-            rank, how = found[-1]["killed"] or found[-1]["failed"], found[-1]["signal"]
-            how = how or found[-1]["code"].lower()
-            return f"rank {rank} of {self._ranks} ended while {self._doing}: {how}"
-        said = notices[-1] if notices else f"mpirun ended with code {code}"
-        return f"the engine's ranks ended while {self._doing}: {said}"
+        """Return which rank has ended, or what else mpirun has said."""
+        notice = mpi.last_notice(self._said.decode(errors="replace"))
+        if notice and notice.rank is not None:
+            return f"rank {notice.rank} of {self._ranks} ended while {self._doing}: {notice.how}"
+        how = notice.how if notice else f"mpirun ended with code {code}"
+        return f"the engine's ranks ended while {self._doing}: {how}"
+
+    def _fail(self, error: errors.StageError) -> None:
+        if not self.failed.done() and not self._is_stopping:
+            self.failed.set_result(error)
 
     async def _has_ended(self, seconds: float) -> bool:
         if self._process is None:

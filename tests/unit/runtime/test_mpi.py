@@ -65,3 +65,53 @@ def test_a_ranks_children_are_no_ranks():
 def test_place_is_what_mpirun_says():
     assert mpi.place({}) == (0, 1)
     assert mpi.place({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}) == (1, 2)
+
+
+OPEN_MPI_4 = """\
+some words of a rank
+--------------------------------------------------------------------------
+Primary job  terminated normally, but 1 process returned
+a non-zero exit code. Per user-direction, the job has been aborted.
+--------------------------------------------------------------------------
+--------------------------------------------------------------------------
+{}
+--------------------------------------------------------------------------
+"""
+OPEN_MPI_5 = """\
+--------------------------------------------------------------------------
+{}
+--------------------------------------------------------------------------
+"""
+KILLED_4 = "mpirun noticed that process rank 1 with PID 0 on node vm exited on signal 9 (Killed)."
+KILLED_5 = (
+    "prterun noticed that process rank 10 with PID 9670 on node vm exited on\nsignal 9 (Killed)."
+)
+FAILED_4 = """mpirun detected that one or more processes exited with non-zero status, thus causing
+the job to be terminated. The first process to do so was:
+
+  Process name: [[18771,1],1]
+  Exit code:    3"""
+FAILED_5 = """prterun detected that one or more processes exited with non-zero status,
+thus causing the job to be terminated. The first process to do so was:
+
+   Process name: [prterun-vm-9680@1,10]
+   Exit code:    3"""
+NO_ROOM = "There are not enough slots available in the system\nto satisfy the 4 slots"
+
+
+@pytest.mark.parametrize(
+    ("frame", "words", "expected"),
+    [
+        (OPEN_MPI_4, KILLED_4, (1, "signal 9 (Killed)")),
+        (OPEN_MPI_5, KILLED_5, (10, "signal 9 (Killed)")),
+        (OPEN_MPI_4, FAILED_4, (1, "exit code: 3")),
+        (OPEN_MPI_5, FAILED_5, (10, "exit code: 3")),
+        (OPEN_MPI_5, NO_ROOM, (None, " ".join(NO_ROOM.split()))),
+    ],
+)
+def test_what_mpirun_says_of_an_end_is_read(frame, words, expected):
+    assert mpi.last_notice(frame.format(words)) == expected
+
+
+def test_a_log_without_notice_says_nothing():
+    assert mpi.last_notice("rank 1: another rank is gone\n") is None
