@@ -8,8 +8,10 @@ import hf_reference
 import httpx
 import pictures
 import pytest
+import runtime_process
 import shape_questions
 from cluster_client import TINY, shapes_spec, tiny_spec
+from internvl_operator.resources import naming
 from internvl_runtime.artifacts import synthesize
 from internvl_runtime.model import config, tokenizer
 from internvl_runtime.vision import grid, tiles
@@ -62,6 +64,47 @@ def test_a_streamed_answer_equals_the_reference_token_by_token(client, family, t
     theirs, _ = hf_reference.generate_greedily(reference, prompt_ids, cut, max_tokens=16)
     assert ours == theirs[: len(ours)]
     assert len(ours) == 16 or ours[-1] in tokens.stop_ids
+
+
+RANKS_SCRIPT = """
+runtime() { /opt/internvl/bin/python -m internvl_runtime "$@" | tail -n 1; }
+told() { /opt/internvl/bin/python -c "import json, sys; print(json.load(sys.stdin)['$1'])"; }
+source='{"bundled": {"name": "tiny-shapes"}}'
+weights=$(runtime resolve --source "$source" | told weights)
+runtime fetch --source "$source" --weights "$weights"
+checkpoint=$(runtime convert --weights "$weights" --tensor-parallel-size 2 | told checkpoint)
+engine=$(runtime build --checkpoint "$checkpoint" --flags "$FLAGS" | told engine)
+runtime verify --engine "$INTERNVL_RUNTIME_CACHE_ROOT/engines/$engine"
+"""
+
+
+@pytest.mark.ci
+def test_ranks_meet_in_a_restricted_pod(client):
+    """No root, no capability, nothing to write to but /tmp and shared memory."""
+    environment = {"INTERNVL_RUNTIME_CACHE_ROOT": "/tmp/cache",
+                   "FLAGS": json.dumps(runtime_process.FLAGS)}  # fmt: skip
+    client.apply({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ranks"},
+        "spec": {
+            "restartPolicy": "Never",
+            "securityContext": naming.pod_security(),
+            "containers": [{
+                "name": "ranks", "image": client.images["internvl-runtime"],
+                "command": ["bash", "-euo", "pipefail", "-c", f"mkdir /tmp/cache\n{RANKS_SCRIPT}"],
+                "env": [{"name": name, "value": value} for name, value in environment.items()],
+                "securityContext": naming.container_security(),
+                "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+            }],
+            "volumes": [{"name": "tmp", "emptyDir": {}}],
+        },
+    })  # fmt: skip
+
+    def is_over():
+        return client.get("pod", "ranks")["status"]["phase"] in {"Succeeded", "Failed"}
+
+    client.wait_until("the ranks have answered", is_over)
+    log = client.kubectl("logs", "ranks")
+    assert json.loads(log.splitlines()[-1])["verified"], log
 
 
 @pytest.mark.ci
