@@ -65,6 +65,9 @@ test: setup ## Run lint and all tests, with the time of each part
 test-long: setup ## Run every repetition and matrix of PARTS, and write docs/test-reports
 	@PATH="$(dir $(UV)):$$PATH" hack/test-long.sh $(PARTS)
 
+mutants: setup ## Change the executor's adapter place by place; what no test fails on is in docs/test-reports
+	@hack/mutate.sh docs/test-reports/mutants.txt
+
 bench: setup ## Measure tiny-shapes, or SOURCE=<json>, on this machine; figures in build/bench
 	@PYTHON=.venv/bin/python PICTURE=448x448 CONCURRENCY="1 8" hack/bench.sh '$(SOURCE)' build/bench
 
@@ -92,5 +95,5 @@ cluster-down: setup ## Take the local cluster down; PURGE=1 removes its caches t
 lock: setup ## Write the lock files anew
 	PATH="$(dir $(UV)):$$PATH" hack/lock.sh
 
-.PHONY: help setup lint fmt test-unit test-unit-3.12 test-integration test-cluster test test-long bench verify-tensorrt demo \
+.PHONY: help setup lint fmt test-unit test-unit-3.12 test-integration test-cluster test test-long mutants bench verify-tensorrt demo \
 	demo-down reload cluster-up cluster-status cluster-down lock
