@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -148,9 +149,13 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     code = 1
     try:
         code = main()
+    except errors.RankLostError as e:
+        logger.error("rank %d: %s", place(os.environ).rank, e)
+        # mpirun ends this one, and says which has ended by itself.
+        time.sleep(_LOST_SECONDS)
     except errors.RuntimeBaseError as e:
         logger.error("rank %d: %s", place(os.environ).rank, e)
-    except BaseException:
+    except Exception:
         logger.exception("rank %d failed", place(os.environ).rank)
     if code:
         logging.shutdown()

@@ -115,3 +115,24 @@ def test_what_mpirun_says_of_an_end_is_read(frame, words, expected):
 
 def test_a_log_without_notice_says_nothing():
     assert mpi.last_notice("rank 1: another rank is gone\n") is None
+
+
+def ended_with(monkeypatch, main):
+    """The exit code of a rank's program, and the seconds that it has slept before."""
+    slept = []
+    monkeypatch.setattr(mpi.time, "sleep", slept.append)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as caught:
+        mpi.end_with(main)
+    return caught.value.code, slept
+
+
+def test_a_rank_that_fails_leaves_at_once_and_one_that_lost_another_is_ended(monkeypatch):
+    def fail(error):
+        raise error
+
+    assert ended_with(monkeypatch, lambda: 0) == (None, [])
+    assert ended_with(monkeypatch, lambda: 1) == (1, [])
+    assert ended_with(monkeypatch, lambda: fail(ValueError())) == (1, [])
+    assert ended_with(monkeypatch, lambda: fail(errors.RankFailedError())) == (1, [])
+    assert ended_with(monkeypatch, lambda: fail(errors.RankLostError())) == (1, [10.0])
