@@ -10,7 +10,7 @@ def enter(patch, folder, *, gpus=1):
     """Make `tensorrt`, `tensorrt_llm`, `trtllm-build` and `pynvml` the fakes, until undone."""
     made = site.write(folder)
     patch.syspath_prepend(folder)
-    patch.setenv("PYTHONPATH", made["PYTHONPATH"])
+    patch.setenv("PYTHONPATH", made["PYTHONPATH"], prepend=os.pathsep)
     patch.setenv("FAKE_GPUS", str(gpus))
     patch.setenv("PATH", f"{made['PATH']}:{os.environ['PATH']}")
     for name in list(sys.modules):
