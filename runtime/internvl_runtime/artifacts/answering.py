@@ -25,7 +25,7 @@ from internvl_runtime.store import cache as caches
 _PICTURE_BYTES = 512 * 2**20
 """Of features."""
 _ANSWERS = "answers.safetensors"
-_FAILURE = "failure.json"
+_FAILURE = "-failure.json"
 _Told = dict[str, tuple[list[int], list[interface.TokenLogProbabilities]]]
 """Tokens, and what was thought of each, by the prompt's name."""
 
@@ -68,8 +68,7 @@ def _run_ranks(
             stdout=sys.stderr,
             check=False,
         )
-    failure = meeting / _FAILURE
-    if failure.exists():
+    for failure in sorted(meeting.glob(f"*{_FAILURE}")):
         raw = json.loads(failure.read_text(encoding="utf-8"))
         raise errors.StageError(errors.Reason(raw["reason"]), raw["message"], remedy=raw["remedy"])
     if done.returncode:
@@ -151,7 +150,10 @@ def main() -> int:
     except errors.StageError as e:
         message = f"rank {seat.rank} of {seat.size}: {e.message}"
         failure = {"reason": e.reason.value, "message": message, "remedy": e.remedy}
-        (meeting / _FAILURE).write_text(json.dumps(failure), encoding="utf-8")
+        # What mpirun ends within the writing has no name yet.
+        written = meeting / f"{seat.rank}.part"
+        written.write_text(json.dumps(failure), encoding="utf-8")
+        written.rename(meeting / f"{seat.rank}{_FAILURE}")
         return 1
     return 0
 

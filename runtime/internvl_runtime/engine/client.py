@@ -143,7 +143,7 @@ class WorkerEngine:
             message = await channel.read_to_server(reader)
         except (asyncio.IncompleteReadError, ConnectionError):
             self._processes.lose()
-            raise await self.gone from None
+            raise await asyncio.shield(self.gone) from None
         match message:
             case channel.Failed(reason, text, remedy):
                 raise errors.StageError(errors.Reason(reason), text, remedy=remedy)

@@ -35,8 +35,6 @@ def take_seat(meeting: Path, *, threads: int = 0) -> Seat:
     if size > 1:
         mpi.die_with_parent()
         threads = threads or max(1, torch.get_num_threads() // size)
-        if torch.cuda.is_available():
-            torch.cuda.set_device(rank)
     if threads:
         torch.set_num_threads(threads)
     return Seat(rank, size, meeting)
@@ -107,6 +105,10 @@ def follow(
 
 
 def _meet(seat: Seat, place: str) -> ranks.Distributed:
+    import torch
+
+    if place == "cuda":
+        torch.cuda.set_device(seat.rank)
     return ranks.Distributed(seat.meeting / "ranks", rank=seat.rank, size=seat.size, device=place)
 
 

@@ -25,7 +25,12 @@ _PROGRAM = "mpirun"
 _PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
 _LOST_SECONDS = 10.0
-_VARIABLE = re.compile(r"(OMPI|OPAL|PMIX|PMI|PRTE)_")
+_OF_A_JOB = re.compile(
+    r"OMPI_(APP_CTX|ARGV|COMM_WORLD|COMMAND|FILE_LOCATION|FIRST_RANKS|NUM_APP_CTX|UNIVERSE)"
+    r"|OMPI_MCA_(ess|orte)|PMI_|PMIX_(BFROP|GDS_MODULE|HOSTNAME|ID|NAMESPACE|PTL|RANK|SECURITY"
+    r"|SERVER|SYSTEM|VERSION)|PRTE_LAUNCHED"
+)
+"""What mpirun tells its ranks; parameters, and where it lies (OPAL_PREFIX), are the user's."""
 _SETTINGS = {
     # One machine: no remote shell is looked for. Open MPI 5 needs none for itself.
     "OMPI_MCA_plm": "isolated",
@@ -47,8 +52,9 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the kernel's, not a file of our
 _NOTICE = re.compile(r"^-{20,}\n(.*?)\n-{20,}$", re.DOTALL | re.MULTILINE)
 """How mpirun sets what it says apart."""
 _CULPRIT = re.compile(
-    r"process rank (?P<killed>\d+) .*exited on (?P<signal>signal \d+ \([^)]*\))"
-    r"|Process name: \[.*[,.](?P<failed>\d+)\] E(?P<code>xit code: \d+)"
+    r"process rank (?P<killed>\d+) .{0,200}?exited on (?P<signal>signal \d+ \([^)]*\))"
+    r"|Process name: \[.{0,200}?[,.](?P<failed>\d+)\] E(?P<code>xit code: \d+)"
+    r"|MPI_ABORT was invoked on rank (?P<aborted>\d+)"
 )
 """Of Open MPI 4 and 5, with every run of white space as one space."""
 
@@ -95,7 +101,7 @@ def _find_program() -> str:
     found = shutil.which(_PROGRAM) or (str(beside) if beside.exists() else None)
     if found is None:
         raise errors.StageError(
-            errors.Reason.RANK_FAILED,
+            errors.Reason.INCOMPATIBLE_VERSIONS,
             "there is no mpirun on PATH, which starts the ranks of a model on several GPUs",
             remedy="use the runtime image of this release, or install Open MPI 4.1 or 5",
         )
@@ -108,32 +114,28 @@ def environment(base: Mapping[str, str], *, segments: Path | None = None) -> dic
     With `segments`, a folder in shared memory, it is that of ranks; what the user has set of
     their settings stays.
     """
-    own = {name: value for name, value in base.items() if not _is_of_a_job(name)}
+    own = {name: value for name, value in base.items() if not _OF_A_JOB.match(name)}
     if segments is None:
         return own
     return {**_SETTINGS, **dict.fromkeys(_SEGMENT_FOLDERS, str(segments)), **own}
 
 
 def last_notice(said: str) -> Notice | None:
-    """Return the last notice in mpirun's log that names a rank, else the last one."""
-    notices = [" ".join(notice.split()) for notice in _NOTICE.findall(said)]
-    for notice in reversed(notices):
-        if found := _CULPRIT.search(notice):
-            if found["killed"]:
-                return Notice(int(found["killed"]), found["signal"])
+    """Return what names a rank last in the log of mpirun and its ranks, else the last notice."""
+    for found in reversed(list(_CULPRIT.finditer(" ".join(said.split())))):
+        if found["killed"]:
+            return Notice(int(found["killed"]), found["signal"])
+        if found["failed"]:
             return Notice(int(found["failed"]), f"e{found['code']}")
-    return Notice(None, notices[-1]) if notices else None
+        return Notice(int(found["aborted"]), "MPI_ABORT")
+    notices = _NOTICE.findall(said)
+    return Notice(None, " ".join(notices[-1].split())) if notices else None
 
 
 def leave(environment: MutableMapping[str, str]) -> None:
     """Take away what would make a rank's child believe that it is a rank."""
-    for name in [name for name in environment if _VARIABLE.match(name)]:
+    for name in [name for name in environment if _OF_A_JOB.match(name)]:
         del environment[name]
-
-
-def _is_of_a_job(name: str) -> bool:
-    """Whether mpirun has set a variable; parameters (MCA) and permissions are the user's."""
-    return bool(_VARIABLE.match(name)) and "_MCA_" not in name and "_ALLOW_" not in name
 
 
 def die_with_parent() -> None:

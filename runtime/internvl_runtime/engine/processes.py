@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _KILL_SECONDS = 3.0
 """How long mpirun may take to end its ranks."""
+_NOTICE_SECONDS = 6.0
+"""How long mpirun may take to say which rank has ended, once one has."""
 _LAST_BYTES = 8192
 """Of the log: mpirun's notice is at its end."""
 
@@ -130,7 +132,7 @@ class Processes:
         """Take a rank's connection."""
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             match await channel.read_to_server(reader):
-                case channel.Joined(0):
+                case channel.Joined(0) if not self._leader.done():
                     self._leader.set_result((reader, writer))
                 case channel.Joined(rank):
                     self._begin(self._listen(rank, reader, writer), f"rank-{rank}")
@@ -151,7 +153,7 @@ class Processes:
 
     async def _wait_for_mpirun(self) -> None:
         """Give mpirun the time to end all and to say why."""
-        if not await self._has_ended(_KILL_SECONDS):
+        if not await self._has_ended(_NOTICE_SECONDS):
             self.fail(f"a rank ended while {self._doing}, and mpirun went on")
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:

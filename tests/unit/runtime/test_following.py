@@ -55,6 +55,7 @@ class Model:
 
     def forward(self, hidden, positions, last, attend):
         assert attend is self
+        assert hidden[last].shape == (len(last), hidden.shape[1])
         self.runs.append((self.spans, hidden, positions.tolist(), last.tolist()))
 
 
@@ -79,10 +80,28 @@ def test_ranks_behind_rank_0_run_the_same_tokens():
     assert group.closed == 2
 
 
+def test_a_step_within_a_prompt_chooses_nothing():
+    group, model = Group(), Model()
+    leader = following.Leader(group)
+    leader.allocate(9)
+    with leader.step(SPANS[:1], torch.rand(3, 8), []):
+        pass
+    leader.stop()
+    following.follow(group, model, model.create_attention, lambda blocks: blocks)
+    assert model.runs[0][3] == []
+
+
 def test_a_step_that_fails_on_rank_0_alone_ends_all():
+    group = Group()
+    leader = following.Leader(group)
+
     def fail():
-        with following.Leader(Group()).step(SPANS, torch.rand(4, 8), [3]):
+        with leader.step(SPANS, torch.rand(4, 8), [3]):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(errors.RankFailedError, match="of all ranks: CUDA out of memory"):
         fail()
+    told = group.told.qsize()
+    # The others are in the step, and would not hear it.
+    leader.stop()
+    assert (group.told.qsize(), group.closed) == (told, 0)

@@ -9,7 +9,12 @@ from internvl_runtime import errors
 from internvl_runtime.engine import mpi
 
 OF_A_JOB = {"OMPI_COMM_WORLD_RANK": "3", "PMIX_RANK": "3", "PRTE_LAUNCHED": "1", "PMI_ID": "3"}
-OF_THE_USER = {"OMPI_MCA_btl": "tcp,self", "OMPI_ALLOW_RUN_AS_ROOT": "1", "NCCL_DEBUG": "INFO"}
+OF_THE_USER = {
+    "OPAL_PREFIX": "/opt/ompi",
+    "OMPI_MCA_btl": "tcp,self",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "NCCL_DEBUG": "INFO",
+}
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def test_mpirun_may_lie_beside_python_or_lack(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(errors.StageError, match="no mpirun on PATH") as caught:
         mpi.command(2, ["a"])
-    assert caught.value.reason is errors.Reason.RANK_FAILED
+    assert caught.value.reason is errors.Reason.INCOMPATIBLE_VERSIONS
     (tmp_path / "mpirun").touch()
     assert mpi.command(2, ["a"])[0] == str(tmp_path / "mpirun")
 
@@ -59,7 +64,7 @@ def test_ranks_need_no_shell_no_home_and_no_second_folder():
 def test_a_ranks_children_are_no_ranks():
     environment = {"PATH": "/bin", **OF_A_JOB, **OF_THE_USER}
     mpi.leave(environment)
-    assert environment == {"PATH": "/bin", "NCCL_DEBUG": "INFO"}
+    assert environment == {"PATH": "/bin", **OF_THE_USER}
 
 
 def test_place_is_what_mpirun_says():
@@ -106,6 +111,12 @@ NO_ROOM = "There are not enough slots available in the system\nto satisfy the 4 
         (OPEN_MPI_5, KILLED_5, (10, "signal 9 (Killed)")),
         (OPEN_MPI_4, FAILED_4, (1, "exit code: 3")),
         (OPEN_MPI_5, FAILED_5, (10, "exit code: 3")),
+        ("a rank's\n" + 40 * "-" + "\n" + OPEN_MPI_5, KILLED_5, (10, "signal 9 (Killed)")),
+        (
+            OPEN_MPI_4,
+            "MPI_ABORT was invoked on rank 1 in communicator MPI_COMM_WORLD\nwith errorcode 1.",
+            (1, "MPI_ABORT"),
+        ),
         (OPEN_MPI_5, NO_ROOM, (None, " ".join(NO_ROOM.split()))),
     ],
 )

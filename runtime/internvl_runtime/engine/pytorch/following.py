@@ -30,6 +30,7 @@ class Leader:
 
     def __init__(self, group: ranks.Distributed) -> None:
         self._group = group
+        self._is_out_of_step = False
 
     def allocate(self, blocks: int) -> None:
         """Let every rank make a cache, in place of the one before."""
@@ -54,12 +55,16 @@ class Leader:
         try:
             yield
         except errors.RankError:
+            self._is_out_of_step = True
             raise
         except Exception as e:
+            self._is_out_of_step = True
             raise errors.RankFailedError(f"rank 0 failed within a step of all ranks: {e}") from e
 
     def stop(self) -> None:
-        """Let every rank end."""
+        """Let every rank end; those that are at another place are ended by mpirun."""
+        if self._is_out_of_step:
+            return
         self._group.tell([_Order.STOP])
         self._group.close()
 
@@ -98,7 +103,8 @@ def _run(
 ) -> None:
     rest = iter(numbers)
     spans = list(_spans_of(rest))
-    last = torch.tensor(list(rest), device=model.device)
+    # Steps within a prompt choose nothing.
+    last = torch.tensor(list(rest), dtype=torch.long, device=model.device)
     tokens = sum(span.length for span in spans)
     hidden = group.share(
         torch.empty(tokens, model.language.hidden_size, dtype=model.dtype, device=model.device)

@@ -57,8 +57,11 @@ def _naming_lost_ranks(method: Callable[_P, _R]) -> Callable[_P, _R]:
     def told(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return method(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as e:
-            raise errors.RankLostError(f"another rank is gone: {str(e).splitlines()[0]}") from e
+            words, _, _ = str(e).partition("\n")
+            raise errors.RankLostError(f"another rank is gone: {words}") from e
 
     return told
 
