@@ -21,14 +21,39 @@ FAILED = 1
 """pytest's exit code where tests have run and failed."""
 
 
-def copy_with(mutant, folder):
+def copy_into(folder):
     """Copy the runtime; returns what finds the copy before the original."""
     shutil.copytree(ROOT / "runtime" / "internvl_runtime", folder / "internvl_runtime")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def copy_with(mutant, folder):
+    """Copy the runtime with the mistake in it, likewise."""
+    environment = copy_into(folder)
     path = folder / ADAPTER / mutant["file"]
     text = path.read_text()
     assert text.count(mutant["old"]) == 1, "the mutant is not of this code"
     path.write_text(text.replace(mutant["old"], mutant["new"]))
-    return {**os.environ, "PYTHONPATH": str(folder)}
+    return environment
+
+
+def run_tests(kind, environment):
+    """Run the tests that hold the adapter; returns pytest's exit code and what has failed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS[kind]],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    failed = [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith(("FAILED tests/", "ERROR tests/"))
+    ]
+    return done.returncode, failed
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant["rule"])
@@ -40,18 +65,15 @@ def test_a_mutant_is_of_this_code(mutant, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("kind", TESTS)
+def test_the_same_copy_without_a_mutant_fails_none(kind, tmp_path):
+    assert run_tests(kind, copy_into(tmp_path)) == (0, [])
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant["rule"])
 def test_a_mutant_fails_a_test(mutant, tmp_path):
-    tests = TESTS[mutant.get("tests", "engine")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
-        env=copy_with(mutant, tmp_path),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    summary = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    print(f"{mutant['rule']}: {summary}")
-    assert done.returncode == FAILED, done.stdout[-2000:]
+    code, failed = run_tests(mutant.get("tests", "engine"), copy_with(mutant, tmp_path))
+    print(f"{mutant['rule']}: {failed}")
+    assert code == FAILED
+    assert failed

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import time
 
 import nvidia_image
 import pytest
@@ -138,6 +139,20 @@ def test_an_answer_ends_at_the_longest_sequence(engine):
     steps = list(stepping.answer(engine, request, tiles))
     assert sum(len(step.token_ids) for step in steps) == 6
     assert steps[-1].finish_reason is interface.FinishReason.LENGTH
+
+
+def test_every_iteration_between_two_steps_is_reported(engine):
+    request, tiles = ask("r", [[5] * 9], context=CONTEXT, max_tokens=20)
+    engine.submit(request, tiles)
+    engine.step()
+    deadline = time.monotonic() + 10
+    while engine._executor._running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    decodes = 0
+    while decodes < 19 and time.monotonic() < deadline:
+        engine.step()
+        decodes += sum(report.decodes for report in engine.take_reports())
+    assert decodes == 19
 
 
 def test_cancelled_requests_end_and_others_go_on(engine, alone):
@@ -351,7 +366,7 @@ def answers_with_fault(engine, fault):
     return asked, answers, failed
 
 
-@pytest.mark.parametrize("fault", ["error", "timed_out"])
+@pytest.mark.parametrize("fault", ["error", "timed_out", "cancelled"])
 def test_an_answer_that_the_executor_gives_up_fails_alone(engine, alone, fault):
     asked, answers, failed = answers_with_fault(engine, fault)
 

@@ -12,10 +12,12 @@ import datetime
 import enum
 import itertools
 import json
+import os
 import threading
 import time
 import traceback
 import types
+import weakref
 from pathlib import Path
 
 import torch
@@ -230,6 +232,9 @@ class Executor:
             raise StrictError("the double batches in flight")
         self._config = executor_config
         self._read(Path(model_path))
+        if self._ranks.rank:
+            # What is torn down without a word leaves the leader waiting.
+            self._torn_down = weakref.finalize(self, os._exit, 3)
         self._requests = collections.deque()
         self._running = []
         self._responses = collections.deque()
@@ -259,9 +264,17 @@ class Executor:
             )
         self._dtype = _DTYPES[model["dtype"]]
         self._batch, self._sequence = most, built["max_seq_len"]
-        self._budget = min(
-            self._config.max_num_tokens or built["max_num_tokens"], built["max_num_tokens"]
-        )
+        self._budget = self._config.max_num_tokens or built["max_num_tokens"]
+        if self._budget > built["max_num_tokens"]:
+            raise RuntimeError(
+                f"Runtime configured max num tokens ({self._budget}) must not exceed engine max "
+                f"num tokens ({built['max_num_tokens']})"
+            )
+        if self._config.max_beam_width > built["max_beam_width"]:
+            raise RuntimeError(
+                f"Runtime configured max beam width ({self._config.max_beam_width}) must not "
+                f"exceed engine max beam width ({built['max_beam_width']})"
+            )
         is_chunked = self._config.enable_chunked_context
         self._most_input = self._sequence - 1
         if not is_chunked:
@@ -275,11 +288,17 @@ class Executor:
             raise RuntimeError(f"attention window {self._sequence} is too large for {room} tokens")
         if self._config.kv_cache_config.enable_partial_reuse:
             raise StrictError("the double reuses whole blocks")
-        self._vocabulary = model["vocab_size"]
+        reuses = self._config.kv_cache_config.enable_block_reuse
+        if reuses and built["plugin_config"]["use_paged_context_fmha"] not in {True, "enable"}:
+            raise RuntimeError("KV cache reuse requires use_paged_context_fmha")
+        if self._config.mm_embedding_offloading and not is_chunked:
+            raise RuntimeError("mm_embedding_offloading requires chunked context")
+        self._vocabulary, self._width = model["vocab_size"], model["hidden_size"]
         self._ranks = ranks.Ranks(folder, model, block=self._block, most_tokens=self._sequence)
+        self._ranks.compare(_told(self._config))
 
     def fail_next(self, how):
-        """Let what happens in flight happen: `error`, `timed_out`, `paused` or `dead`.
+        """Let what happens in flight happen: `error`, `timed_out`, `cancelled`, `paused`, `dead`.
 
         It meets the answer that computes next; not of the real binding.
         """
@@ -297,6 +316,8 @@ class Executor:
             self._is_over = True
             self._changed.notify_all()
         self._thread.join()
+        if self._ranks.rank:
+            self._torn_down.detach()
 
     def can_enqueue_requests(self):
         return self._ranks.rank == 0
@@ -362,6 +383,8 @@ class Executor:
             raise StrictError("an empty prompt, or no token to generate")
         if (request.sampling_config.top_k or 0) > 1024:
             raise StrictError("top_k would be cut to 1024")
+        if request.sampling_config.beam_width > self._config.max_beam_width:
+            raise StrictError(f"beam width {request.sampling_config.beam_width}")
         if not 0 <= request.priority <= 1:
             raise StrictError(f"priority {request.priority} is not in [0, 1]")
         rows = [(place, each) for place, each in enumerate(token_ids) if each >= self._vocabulary]
@@ -377,8 +400,12 @@ class Executor:
             raise StrictError(
                 "Request embedding table data type doesn't match model weight data type."
             )
-        if embeddings.dim() != 2 or not embeddings.is_contiguous():
-            raise StrictError(f"the table is {tuple(embeddings.shape)}")
+        if embeddings.dim() != 2 or embeddings.shape[1] != self._width:
+            raise StrictError(f"the table is {tuple(embeddings.shape)}, rows are of {self._width}")
+        if embeddings.device.type != "cpu" or not embeddings.is_contiguous():
+            raise StrictError("the leader sends tables that lie in the host's memory, in one piece")
+        if self._config.mm_embedding_offloading and not embeddings.is_pinned():
+            raise StrictError("mm_embedding_offloading requires a pinned table")
         if [each - self._vocabulary for _, each in rows] != list(range(len(embeddings))):
             raise StrictError("the prompt's rows are not those of the table, in their order")
         if len(embeddings) > self._rows:
@@ -448,8 +475,8 @@ class Executor:
                 self._running.remove(each)
                 self._requests.appendleft(each)
                 paused += 1
-            elif fault == "timed_out":
-                self._respond(each, [], FinishReason.TIMED_OUT)
+            elif fault in {"timed_out", "cancelled"}:
+                self._respond(each, [], FinishReason[fault.upper()])
             elif fault == "error":
                 self._drop(each)
                 with self._changed:
@@ -616,6 +643,14 @@ class Executor:
         )  # fmt: skip
         with self._changed:
             self._statistics.append(told)
+
+
+def _told(config):
+    """Return what a config says, as plain values."""
+    return {
+        name: _told(value) if isinstance(value, (KvCacheConfig, SchedulerConfig)) else str(value)
+        for name, value in vars(config).items()
+    }
 
 
 def _sampling(given):

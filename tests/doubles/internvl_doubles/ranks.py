@@ -106,6 +106,11 @@ class Ranks:
         )  # fmt: skip
         self._share = _Share(self.model, block)
 
+    def compare(self, config):
+        """Refuse ranks that were not all given the same."""
+        if self._world and len({str(each) for each in self._world.comm.allgather(config)}) > 1:
+            raise RuntimeError("the ranks' executors differ in their config")
+
     def do(self, order, *arguments):
         """Let every rank do the same; return what rank 0 makes of it."""
         self._tell(order, arguments)

@@ -9,6 +9,7 @@ weights embedded, and running it is onnxruntime in float32 on the CPU.
 import ctypes
 import functools
 import importlib
+import importlib.machinery
 import inspect
 import json
 import re
@@ -70,6 +71,8 @@ class Module(types.ModuleType):
 
     def __init__(self, real: Any) -> None:
         super().__init__("tensorrt")
+        # Who looks for the package, as transformers does, wants one.
+        self.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
         self.calls: list[str] = []
         self.__version__ = real.__version__
         self.is_building_possible = True
