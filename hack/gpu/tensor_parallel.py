@@ -86,8 +86,7 @@ def _answers(published: Path, checkpoint: Path, dtype: str, size: int) -> dict[s
     convert.write_checkpoint(published, checkpoint, dtype=dtype, ranks=size, report=_say_nothing)
     program = [sys.executable, "-m", "gpu.tensor_parallel", "-", f"--rank-of={checkpoint}",
                "--tokenizer-model=-"]  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=mpi.SHARED_MEMORY) as segments:
-        environment = mpi.environment(os.environ, segments=Path(segments))
+    with mpi.meeting(os.environ) as (_, environment):
         subprocess.run(mpi.command(size, program), env=environment, check=True)
     told: dict[str, Any] = json.loads((checkpoint / "told.json").read_text())
     shutil.rmtree(checkpoint)

@@ -15,7 +15,7 @@ import torch
 from asking import answer_alone, ask, assert_equal_but_for_ties, collect, picture, words
 from internvl_runtime.artifacts import shapes, tensors
 from internvl_runtime.engine import interface, stepping
-from internvl_runtime.engine.pytorch import attention, loading, products, weights
+from internvl_runtime.engine.pytorch import attention, loading, products, ranks, weights
 from internvl_runtime.model import config, tensor_parallel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -98,7 +98,9 @@ def random_weights(model, dtype):
 def load(monkeypatch):
     """Loads a shape with random weights; `plain` for torch's attention, one at a time."""
 
-    def load_engine(model, dtype, *, device="cuda", plain=False, limits=LIMITS, **options):
+    def load_engine(
+        model, dtype, *, device="cuda", plain=False, limits=LIMITS, group=None, **options
+    ):
         every = random_weights(model, dtype)
         options = {"kv_cache_bytes": 2**30, **options}
 
@@ -117,6 +119,7 @@ def load(monkeypatch):
             dataclasses.replace(limits, max_batch_size=1) if plain else limits,
             device=device,
             options=loading.Options(**options),
+            group=group,
         )
         monkeypatch.undo()
         return engine
@@ -169,6 +172,23 @@ def test_cuda_equals_the_cpu_in_float32(load, family):
         tokens, margins = answer_alone(cpu, request, tiles)
         given = [t for step in stepping.answer(engine, request, tiles) for t in step.token_ids]
         assert_equal_but_for_ties(given, tokens, margins, tie=TIES[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nccl_changes_no_token(load, dtype, tmp_path):
+    """A group of one rank makes every call of several, and needs one GPU."""
+    model, asked = published("InternVL2_5-8B", layers=3), list(requests(3, 12))
+    group = ranks.Distributed(tmp_path / "ranks", rank=0, size=1, device="cuda")
+    told = []
+    for each in (None, group):
+        engine, answers = load(model, dtype, group=each), {}
+        for request, tiles in asked:
+            engine.submit(request, tiles)
+        collect(engine, answers)
+        engine.close()
+        told.append(answers)
+        del engine
+    assert told[0] == told[1]
 
 
 def test_the_cache_takes_what_the_largest_step_leaves_free(load):

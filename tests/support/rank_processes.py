@@ -1,6 +1,8 @@
 """The processes of a running engine, by what the kernel tells of them."""
 
 import contextlib
+import itertools
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,6 +36,6 @@ def wait_for(engine, name, *, seconds=60):
 
 def left_behind():
     """Return what ranks may leave: files in shared memory and in the temporary folder."""
-    places = [*Path("/dev/shm").iterdir(), *Path("/tmp").glob("ompi.*"),
-              *Path("/tmp").glob("prte.*"), *Path("/tmp").glob("pmix*")]  # fmt: skip
-    return set(map(str, [*places, *Path("/tmp").glob("internvl-*")]))
+    temporary = Path(tempfile.gettempdir())
+    left = [temporary.glob(name) for name in ("ompi.*", "prte.*", "pmix*", "internvl-*")]
+    return set(map(str, itertools.chain(Path("/dev/shm").iterdir(), *left)))

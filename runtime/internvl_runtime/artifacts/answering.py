@@ -8,9 +8,8 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,26 +47,21 @@ def answer(path: Path, inputs: Mapping[str, Any], cache: caches.Cache) -> Answer
     opened = folder.describe(path, inputs, cache)
     if opened.ranks == 1:
         return _answer(opened, loading.ALONE)
-    with tempfile.TemporaryDirectory(prefix="internvl-") as name:
-        meeting = Path(name)
-        _run_ranks(opened, inputs, cache, meeting)
+    program = [
+        sys.executable, "-m", __name__, f"--folder={opened.path}", f"--cache-root={cache.root}",
+        f"--inputs={json.dumps(inputs)}",
+    ]  # fmt: skip
+    with mpi.meeting(os.environ) as (meeting, environment):
+        _run_ranks([*program, f"--meeting={meeting}"], opened.ranks, environment, meeting)
         return _read(opened, meeting / _ANSWERS)
 
 
 def _run_ranks(
-    opened: folder.EngineFolder, inputs: Mapping[str, Any], cache: caches.Cache, meeting: Path
+    program: Sequence[str], ranks: int, environment: Mapping[str, str], meeting: Path
 ) -> None:
-    program = [
-        sys.executable, "-m", __name__, f"--folder={opened.path}", f"--cache-root={cache.root}",
-        f"--inputs={json.dumps(inputs)}", f"--meeting={meeting}",
-    ]  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="internvl-", dir=mpi.SHARED_MEMORY) as segments:
-        done = subprocess.run(  # noqa: S603 - our own program
-            mpi.command(opened.ranks, program),
-            env=mpi.environment(os.environ, segments=Path(segments)),
-            stdout=sys.stderr,
-            check=False,
-        )
+    done = subprocess.run(  # noqa: S603 - our own program
+        mpi.command(ranks, program), env=environment, stdout=sys.stderr, check=False
+    )
     for failure in sorted(meeting.glob(f"*{_FAILURE}")):
         raw = json.loads(failure.read_text(encoding="utf-8"))
         raise errors.StageError(errors.Reason(raw["reason"]), raw["message"], remedy=raw["remedy"])

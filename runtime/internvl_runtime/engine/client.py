@@ -85,14 +85,14 @@ class WorkerEngine:
         return self._ready
 
     async def start(self) -> None:
-        """Start the worker and wait until it has loaded and verified the engine."""
+        """Start the worker and wait until it has loaded and verified the engine.
+
+        Raises StageError when it can not.
+        """
         self.gone.add_done_callback(self._fail_running)
-        with channel.listen_for_tiles(channel.tiles_path(self._processes.socket)) as listening:
-            seconds = self._options.start_seconds
-            reader, self._writer = await self._processes.start(self._arguments(), seconds=seconds)
-            reading = asyncio.ensure_future(self._wait_until_ready(reader))
-            await self._processes.unless_failed(reading, seconds=seconds)
-            self._tiles = await self._accept(listening)
+        reader = await self._processes.unless_failed(
+            self._start_worker(), seconds=self._options.start_seconds
+        )
         self._heard = time.monotonic()
         self._ready = True
         self._processes.be_serving()
@@ -137,6 +137,13 @@ class WorkerEngine:
             f"--picture-cache-bytes={options.picture_cache_bytes}",
             *step_log,
         ]
+
+    async def _start_worker(self) -> asyncio.StreamReader:
+        with channel.listen_for_tiles(channel.tiles_path(self._processes.socket)) as listening:
+            reader, self._writer = await self._processes.start(self._arguments())
+            await self._wait_until_ready(reader)
+            self._tiles = await self._accept(listening)
+        return reader
 
     async def _wait_until_ready(self, reader: asyncio.StreamReader) -> None:
         try:

@@ -130,7 +130,7 @@ def check_machine(opened: EngineFolder) -> None:
         raise errors.EngineIncompatibleError(
             f"ranks talk through /dev/shm, which has {device.shared_memory() >> 20} MiB here and "
             f"needs {_SHARED_MEMORY_BYTES >> 20} MiB",
-            remedy="mount an emptyDir with medium Memory at /dev/shm, as the operator does",
+            remedy="mount an emptyDir with medium Memory and a sizeLimit of 2Gi at /dev/shm",
         )
     wanted = device.wanted_cuda_major(opened.backend)
     if wanted and gpu.cuda_major < wanted:

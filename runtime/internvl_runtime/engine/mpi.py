@@ -4,6 +4,7 @@ Nothing here speaks MPI: `mpirun` starts the ranks and ends all of them when one
 fails; TensorRT-LLM's executor or torch.distributed connect them.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -13,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -40,8 +41,6 @@ _SETTINGS = {
     "PMIX_MCA_gds": "hash",
     # Addresses of other machines are of no use, and a pod's name may have none.
     "GLOO_SOCKET_IFNAME": "lo",
-    # Open MPI 5 does not start without.
-    "HOME": tempfile.gettempdir(),
 }
 
 _SEGMENT_FOLDERS = ("OMPI_MCA_btl_vader_backing_directory", "OMPI_MCA_btl_sm_backing_directory")
@@ -108,16 +107,26 @@ def _find_program() -> str:
     return found
 
 
-def environment(base: Mapping[str, str], *, segments: Path | None = None) -> dict[str, str]:
-    """Return what a worker's environment is: of no other MPI job.
+def environment(base: Mapping[str, str]) -> dict[str, str]:
+    """Return a process's environment: that of no MPI job."""
+    return {name: value for name, value in base.items() if not _OF_A_JOB.match(name)}
 
-    With `segments`, a folder in shared memory, it is that of ranks; what the user has set of
-    their settings stays.
+
+@contextlib.contextmanager
+def meeting(base: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Lend ranks a folder to meet in, and their environment.
+
+    What the user has set of their settings stays. What a killed mpirun can not remove lies in
+    this folder and in one in shared memory, which go at the end.
     """
-    own = {name: value for name, value in base.items() if not _OF_A_JOB.match(name)}
-    if segments is None:
-        return own
-    return {**_SETTINGS, **dict.fromkeys(_SEGMENT_FOLDERS, str(segments)), **own}
+    with _create_folder() as folder, _create_folder(below=SHARED_MEMORY) as segments:
+        # Open MPI 5 does not start without HOME.
+        own = {"HOME": folder, **dict.fromkeys(_SEGMENT_FOLDERS, segments)}
+        yield Path(folder), {**_SETTINGS, **own, **environment(base), "TMPDIR": folder}
+
+
+def _create_folder(below: Path | None = None) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="internvl-", dir=below, ignore_cleanup_errors=True)
 
 
 def last_notice(said: str) -> Notice | None:

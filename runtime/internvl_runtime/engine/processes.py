@@ -11,9 +11,9 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from internvl_runtime import errors
 from internvl_runtime.engine import channel, mpi
@@ -27,6 +27,7 @@ _NOTICE_SECONDS = 6.0
 _LAST_BYTES = 8192
 """Of the log: mpirun's notice is at its end."""
 
+_R = TypeVar("_R")
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -46,28 +47,26 @@ class Processes:
         self._said = b""
         self._tasks: set[asyncio.Task[None]] = set()
         self._folders = contextlib.ExitStack()
-        self._folder = self._create_folder()
-        self.socket = self._folder / "engine.sock"
+        folder, self._environment = self._create_folder()
+        self.socket = folder / "engine.sock"
         """Where the ranks meet, and the server."""
 
-    async def start(self, arguments: Sequence[str], *, seconds: float) -> Streams:
-        """Start the worker; returns rank 0's connection.
-
-        Raises StageError when a process ends before, or after so many seconds.
-        """
+    async def start(self, arguments: Sequence[str]) -> Streams:
+        """Start the worker; returns rank 0's connection, once it is there."""
         self._server = await asyncio.start_unix_server(self._join, self.socket)
         await self._spawn([*arguments, f"--socket={self.socket}"])
-        streams: Streams = await self.unless_failed(self._leader, seconds=seconds)
-        return streams
+        return await self._leader
 
-    async def unless_failed(self, wanted: "asyncio.Future[Any]", *, seconds: float) -> Any:
+    async def unless_failed(self, starting: Coroutine[Any, Any, _R], *, seconds: float) -> _R:
         """Wait for a result; raises StageError when a process ends before, or it takes longer."""
+        wanted = asyncio.create_task(starting, name="engine-start")
+        ends: list[asyncio.Future[Any]] = [wanted, self.failed]
         try:
-            await asyncio.wait(
-                [wanted, self.failed], timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if wanted.done():
-                return wanted.result()
+                result = wanted.result()
+                if not self.failed.done():
+                    return result
         finally:
             wanted.cancel()
         if self.failed.done():
@@ -108,25 +107,19 @@ class Processes:
         program = [sys.executable, "-m", "internvl_runtime.engine.worker", *arguments]
         self._process = await asyncio.create_subprocess_exec(
             *mpi.command(self._ranks, program),
-            env=self._environment(),
+            env=self._environment,
             stderr=None if self._ranks == 1 else asyncio.subprocess.PIPE,
             # What a terminal's Ctrl-C ends is the server, after its answers.
             start_new_session=True,
         )
         self._begin(self._watch(self._process), "engine-process")
 
-    def _environment(self) -> dict[str, str]:
-        if self._ranks == 1:
-            return mpi.environment(os.environ)
-        # What a killed mpirun can not remove lies where we do.
-        segments = self._create_folder(below=mpi.SHARED_MEMORY)
-        return mpi.environment(os.environ, segments=segments) | {"TMPDIR": str(self._folder)}
-
-    def _create_folder(self, below: Path | None = None) -> Path:
-        made = tempfile.TemporaryDirectory(
-            prefix="internvl-", dir=below, ignore_cleanup_errors=True
-        )
-        return Path(self._folders.enter_context(made))
+    def _create_folder(self) -> tuple[Path, dict[str, str]]:
+        """Return where the worker and the server meet, and the worker's environment."""
+        if self._ranks > 1:
+            return self._folders.enter_context(mpi.meeting(os.environ))
+        folder = self._folders.enter_context(tempfile.TemporaryDirectory(prefix="internvl-"))
+        return Path(folder), mpi.environment(os.environ)
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take a rank's connection."""
@@ -211,7 +204,7 @@ class Processes:
             remedy=f"read the container's log; out of memory is the usual cause{hint}",
         )
 
-    def _begin(self, work: Any, name: str) -> None:
+    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -224,7 +224,9 @@ def follow(engine_dir: Path, socket: Path, seat: loading.Seat, *, options: loadi
     with sockets.socket(sockets.AF_UNIX) as connected:
         connected.connect(str(socket))
         connected.sendall(channel.encode(channel.Joined(seat.rank)))
-        threading.Thread(target=_end_with, args=(connected,), name="server", daemon=True).start()
+        threading.Thread(
+            target=_end_with_server, args=(connected,), name="server", daemon=True
+        ).start()
         try:
             loading.follow(folder.open_engine(engine_dir), options=options, seat=seat)
         except errors.StageError as e:
@@ -233,7 +235,7 @@ def follow(engine_dir: Path, socket: Path, seat: loading.Seat, *, options: loadi
     return 0
 
 
-def _end_with(connected: sockets.socket) -> None:
+def _end_with_server(connected: sockets.socket) -> None:
     """End this process when the server does, which says nothing to ranks but 0."""
     with contextlib.suppress(OSError):
         if not connected.recv(1):

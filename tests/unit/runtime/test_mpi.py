@@ -53,12 +53,26 @@ def test_a_worker_belongs_to_no_other_job_and_keeps_what_the_user_sets():
     assert mpi.environment(given) == {"PATH": "/bin", "HOME": "/root", **OF_THE_USER}
 
 
-def test_ranks_need_no_shell_no_home_and_no_second_folder():
-    made = mpi.environment({"OMPI_MCA_plm": "slurm"}, segments=Path("/dev/shm/here"))
-    assert made["OMPI_MCA_plm"] == "slurm"
-    assert made["OMPI_MCA_btl_vader_single_copy_mechanism"] == "none"
-    assert made["OMPI_MCA_btl_sm_backing_directory"] == "/dev/shm/here"
-    assert made["HOME"]
+def test_ranks_need_no_shell_and_no_home():
+    with mpi.meeting({"OMPI_MCA_plm": "slurm", **OF_A_JOB}) as (_, made):
+        assert made["OMPI_MCA_plm"] == "slurm"
+        assert made["OMPI_MCA_btl_vader_single_copy_mechanism"] == "none"
+        assert made["HOME"]
+        assert made.keys().isdisjoint(OF_A_JOB)
+    with mpi.meeting({"HOME": "/root"}) as (_, made):
+        assert made["HOME"] == "/root"
+
+
+def test_what_a_killed_mpirun_leaves_goes_with_the_meeting():
+    with mpi.meeting({}) as (folder, made):
+        segments = Path(made["OMPI_MCA_btl_sm_backing_directory"])
+        assert made["OMPI_MCA_btl_vader_backing_directory"] == str(segments)
+        assert segments.parent == mpi.SHARED_MEMORY
+        assert made["TMPDIR"] == str(folder)
+        (folder / "ompi.vm").mkdir()
+        (segments / "segment").touch()
+    assert not folder.exists()
+    assert not segments.exists()
 
 
 def test_a_ranks_children_are_no_ranks():

@@ -90,8 +90,10 @@ def follow(
                 attend = create_attention(blocks)
             case _Order.MEASURE:
                 group.least(measure(blocks))
-            case _ if attend is not None:
+            case _Order.STEP if attend is not None:
                 _run(group, model, attend, numbers)
+            case _:
+                raise errors.RankFailedError(f"rank 0 has ordered {order}, which is none")
 
 
 @torch.inference_mode()
