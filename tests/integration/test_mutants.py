@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 ADAPTER = Path("internvl_runtime/engine/tensorrt")
 TESTS = {
     "engine": ["tests/unit/runtime/test_tensorrt_requests.py",
+               "tests/unit/runtime/test_tensorrt_counts.py",
+               "tests/unit/runtime/test_tensorrt_core.py",
                "tests/integration/test_tensorrt_engine.py"],
     "ranks": ["tests/integration/test_ranks.py", "-k", "sigterm and executor"],
 }  # fmt: skip

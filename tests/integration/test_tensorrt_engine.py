@@ -8,12 +8,13 @@ import nvidia_image
 import pytest
 import torch
 from asking import answer_alone, ask, collect, picture, words
+from internvl_doubles import executor as double
 from internvl_runtime import errors
 from internvl_runtime.artifacts import convert, journal, progress, synthesize, tensorrt_build
 from internvl_runtime.artifacts import shapes as published_shapes
 from internvl_runtime.engine import interface, stepping
 from internvl_runtime.engine.pytorch import loading as pytorch_loading
-from internvl_runtime.engine.tensorrt import loading
+from internvl_runtime.engine.tensorrt import loading, vision
 from internvl_runtime.model import config
 
 LIMITS = interface.EngineLimits(
@@ -336,6 +337,49 @@ def test_a_picture_whose_asker_left_while_it_was_encoded_is_kept_once(built):
     assert load.picture_cache_bytes == held
     assert held == 256 * built[1].language.hidden_size * 4
     assert not loaded.pictures.waiting
+
+
+def test_ranks_behind_the_leader_are_made_as_it_is_and_wait_for_it(built, monkeypatch):
+    made = []
+
+    class Recorded(double.Executor):
+        def __init__(self, folder, kind, config):
+            made.append([folder, kind, double._told(config)])
+            super().__init__(folder, kind, config)
+
+        def shutdown(self):
+            made[-1].append("shut down")
+            super().shutdown()
+
+    from tensorrt_llm.bindings import executor as module
+
+    monkeypatch.setattr(module, "Executor", Recorded)
+    ways = {"kv_cache_bytes": 2**27, "tells_logits": True}
+    loading.load_engine(built[2], LIMITS, picture_cache_bytes=2**28, **ways).close()
+    loading.follow(built[2], LIMITS, **ways)
+    leader, behind = made
+    assert leader == behind
+    assert leader[0] == built[2] / "language"
+    assert leader[2]["gather_generation_logits"] == "True"
+    assert leader[3] == "shut down"
+
+
+def test_a_picture_that_nobody_loads_ends_the_engine(engine):
+    engine.submit(ask("r", [picture(1)], context=CONTEXT)[0])
+    with pytest.raises(ValueError, match=r"^picture 0 of r is not at hand$"):
+        engine.step()
+
+
+def test_a_plan_that_is_none_is_refused(built, tmp_path):
+    plan = tmp_path / "vision.engine"
+    plan.write_bytes(b"of another kind")
+    with pytest.raises(errors.EngineIncompatibleError) as caught:
+        vision.Tower(plan, dtype="float32", hidden_size=built[1].language.hidden_size)
+    assert caught.value.message == "TensorRT can not read vision.engine"
+    assert caught.value.remedy == (
+        "serve on the kind of GPU and with the image that the engine was built for, or build it "
+        "again"
+    )
 
 
 def test_a_cache_for_less_than_a_sequence_is_refused(built):

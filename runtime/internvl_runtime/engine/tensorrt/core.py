@@ -56,12 +56,6 @@ class _Answer:
 class _Waiting:
     request: stepping.Submitted
     arrived: float
-    number: int
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Return the place in the queue."""
-        return self.request.priority, self.number
 
 
 class Engine:
@@ -92,7 +86,6 @@ class Engine:
         self._load = load
         self._tells_logits = tells_logits
         self._clock = clock
-        self._arrivals = 0
         self._waiting: dict[str, _Waiting] = {}
         self._answers: dict[str, _Answer] = {}
         self._names: dict[int, str] = {}
@@ -157,8 +150,7 @@ class Engine:
         except errors.RequestError as e:
             self.refuse(request.request_id, e)
             return
-        self._arrivals += 1
-        self._waiting[request.request_id] = _Waiting(request, self._clock(), self._arrivals)
+        self._waiting[request.request_id] = _Waiting(request, self._clock())
         for content_hash in request.content_hashes:
             self.pictures.count(content_hash, is_needed=not self.pictures.has(content_hash))
 
@@ -227,8 +219,8 @@ class Engine:
                 self._enqueue_one(waiting)
 
     def _ranked(self) -> list[_Waiting]:
-        """Return the requests that the executor has not, in their order."""
-        return sorted(self._waiting.values(), key=lambda each: each.rank)
+        """Return the requests that the executor has not: by priority, then as they came."""
+        return sorted(self._waiting.values(), key=lambda each: each.request.priority)
 
     def _ask(
         self, request: stepping.Submitted, missing: list[gallery.Wanted], *, is_first: bool

@@ -62,8 +62,8 @@ def follow(
     folder: Path,
     limits: interface.EngineLimits,
     *,
-    kv_cache_bytes: int = 0,
-    tells_logits: bool = False,
+    kv_cache_bytes: int,
+    tells_logits: bool,
 ) -> None:
     """Be a rank behind rank 0, with the arguments that it loads with, until it shuts down.
 
