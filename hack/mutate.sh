@@ -20,6 +20,7 @@ pytest_add_cli_args_test_selection = [
   "tests/unit/runtime/test_tensorrt_requests.py",
   "tests/unit/runtime/test_tensorrt_counts.py",
   "tests/unit/runtime/test_tensorrt_core.py",
+  "tests/unit/runtime/test_tensorrt_loading.py",
   "tests/integration/test_tensorrt_engine.py",
 ]
 EOF

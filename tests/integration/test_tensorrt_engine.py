@@ -382,6 +382,24 @@ def test_a_plan_that_is_none_is_refused(built, tmp_path):
     )
 
 
+def test_a_tower_that_can_not_run_is_told(built, monkeypatch):
+    import tensorrt
+
+    plan, hidden_size = built[2] / "vision.engine", built[1].language.hidden_size
+    tower = vision.Tower(plan, dtype="float32", hidden_size=hidden_size)
+    assert tower.most_tiles == LIMITS.max_tiles_per_request
+    monkeypatch.setattr(tensorrt.IExecutionContext, "execute_async_v3", lambda *_: False)
+    with pytest.raises(errors.EngineUnavailableError) as failed:
+        tower.encode(picture(1))
+    assert str(failed.value) == "the vision engine failed; the log says why"
+    monkeypatch.setattr(tensorrt.ICudaEngine, "create_execution_context", lambda *_: None)
+    with pytest.raises(errors.EngineIncompatibleError) as refused:
+        vision.Tower(plan, dtype="float32", hidden_size=hidden_size)
+    assert refused.value.message == (
+        "TensorRT makes no execution context: as a rule memory is short"
+    )
+
+
 def test_a_cache_for_less_than_a_sequence_is_refused(built):
     with pytest.raises(errors.StageError, match="does not fit") as caught:
         loading.load_engine(built[2], LIMITS, picture_cache_bytes=2**28, kv_cache_bytes=2**20)

@@ -1,7 +1,6 @@
 """Answers the recorded prompts with a built engine, in as many processes as it has ranks."""
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 import json
@@ -16,6 +15,7 @@ from typing import Any
 import msgspec
 import safetensors
 import safetensors.torch
+import torch
 
 from internvl_runtime import errors
 from internvl_runtime.engine import device, folder, interface, loading, mpi, verification
@@ -23,6 +23,8 @@ from internvl_runtime.store import cache as caches
 
 _PICTURE_BYTES = 512 * 2**20
 """Of features."""
+_SECONDS = 3600.0
+"""How long ranks may take to load and to answer: one that hangs says nothing."""
 _ANSWERS = "answers.safetensors"
 _FAILURE = "-failure.json"
 _Told = dict[str, tuple[list[int], list[interface.TokenLogProbabilities]]]
@@ -59,18 +61,23 @@ def answer(path: Path, inputs: Mapping[str, Any], cache: caches.Cache) -> Answer
 def _run_ranks(
     program: Sequence[str], ranks: int, environment: Mapping[str, str], meeting: Path
 ) -> None:
-    done = subprocess.run(  # noqa: S603 - our own program
-        mpi.command(ranks, program), env=environment, stdout=sys.stderr, check=False
-    )
+    try:
+        done = subprocess.run(  # noqa: S603 - our own program
+            mpi.command(ranks, program),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            check=False,
+            timeout=_SECONDS,
+            preexec_fn=mpi.die_with_parent,
+        )
+    except subprocess.TimeoutExpired as e:
+        raise mpi.failure(f"the engine's ranks have not answered within {_SECONDS:g} s") from e
     for failure in sorted(meeting.glob(f"*{_FAILURE}")):
         raw = json.loads(failure.read_text(encoding="utf-8"))
         raise errors.StageError(errors.Reason(raw["reason"]), raw["message"], remedy=raw["remedy"])
     if done.returncode:
-        raise errors.StageError(
-            errors.Reason.RANK_FAILED,
-            f"the engine's ranks ended with code {done.returncode} while answering",
-            remedy="read the container's log; out of memory is the usual cause",
-        )
+        raise mpi.failure(f"the engine's ranks ended with code {done.returncode} while answering")
 
 
 def _answer(opened: folder.EngineFolder, seat: loading.Seat) -> Answers:
@@ -79,10 +86,13 @@ def _answer(opened: folder.EngineFolder, seat: loading.Seat) -> Answers:
         _for_one_request(opened), options=_options(), seat=seat, tells_logits=True
     )
     started = time.monotonic()
-    with contextlib.closing(engine):
-        answers = verification.answer(engine, opened.model, tokens)
+    answers = verification.answer(engine, opened.model, tokens)
     seconds = round(time.monotonic() - started, 3)
-    memory = device.memory_in_use(device.torch_device(opened.architecture))
+    # Of ranks that failed mpirun ends the others, which would not hear of this.
+    engine.close()
+    # What TensorRT takes torch does not know.
+    on_gpu = opened.checkpoint and device.torch_device(opened.architecture) == "cuda"
+    memory = {"peakGpuBytes": torch.cuda.max_memory_allocated()} if on_gpu else {}
     del engine
     gc.collect()
     return Answers(answers, seconds, memory)

@@ -58,6 +58,11 @@ def build(spec: EngineSpec, *, cache: caches.Cache, stage: progress.Progress) ->
         started = time.monotonic()
         checkpoint = cache.get(keys.Kind.CHECKPOINTS, spec.checkpoint)
         _check_fit(spec, checkpoint)
+        folder.check_machine(
+            architecture=spec.architecture,
+            backend=spec.backend,
+            ranks=checkpoint.manifest.inputs["tensorParallelSize"],
+        )
         model = config.read_model_config(checkpoint.path / folder.MODEL_FOLDER)
         checkpoints.check(checkpoint.path, model, checkpoint.manifest.inputs)
         with caches.naming_a_full_disk(cache.root):

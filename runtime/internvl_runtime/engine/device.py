@@ -120,15 +120,6 @@ def describe_machine() -> dict[str, Any]:
     return dataclasses.asdict(gpu) if gpu else {"architecture": cpu_architecture()}
 
 
-def memory_in_use(device: str) -> dict[str, int]:
-    """Return the most bytes that torch has held on a GPU; nothing is told of a CPU."""
-    if device == "cpu":
-        return {}
-    import torch
-
-    return {"peakGpuBytes": torch.cuda.max_memory_allocated()}
-
-
 def versions(backend: str, architecture: str) -> dict[str, str]:
     """Return the versions of the packages that an engine depends on; without what lacks."""
     found = {}

@@ -88,7 +88,7 @@ def open_engine(path: Path) -> EngineFolder:
     inputs = caches.read_manifest(path).inputs
     _check_device(inputs)
     opened = describe(path, inputs, caches.Cache(path.parent.parent))
-    check_machine(opened)
+    check_machine(architecture=opened.architecture, backend=opened.backend, ranks=opened.ranks)
     return opened
 
 
@@ -116,23 +116,23 @@ def describe(path: Path, inputs: Mapping[str, Any], cache: caches.Cache) -> Engi
     )
 
 
-def check_machine(opened: EngineFolder) -> None:
+def check_machine(*, architecture: str, backend: str, ranks: int) -> None:
     """Compare ranks, GPUs, driver and shared memory. Raises EngineIncompatibleError."""
     gpu = device.read_gpu()
-    if gpu is None or device.torch_device(opened.architecture) == "cpu":
+    if gpu is None or device.torch_device(architecture) == "cpu":
         return
-    if gpu.count < opened.ranks:
+    if gpu.count < ranks:
         raise errors.EngineIncompatibleError(
-            f"the engine is for {opened.ranks} GPUs, this pod has {gpu.count}",
+            f"the engine is for {ranks} GPUs, this pod has {gpu.count}",
             remedy="give the pod as many GPUs as spec.engine.tensorParallelSize says",
         )
-    if opened.ranks > 1 and device.shared_memory() < _SHARED_MEMORY_BYTES:
+    if ranks > 1 and device.shared_memory() < _SHARED_MEMORY_BYTES:
         raise errors.EngineIncompatibleError(
             f"ranks talk through /dev/shm, which has {device.shared_memory() >> 20} MiB here and "
             f"needs {_SHARED_MEMORY_BYTES >> 20} MiB",
             remedy="mount an emptyDir with medium Memory and a sizeLimit of 2Gi at /dev/shm",
         )
-    wanted = device.wanted_cuda_major(opened.backend)
+    wanted = device.wanted_cuda_major(backend)
     if wanted and gpu.cuda_major < wanted:
         raise errors.EngineIncompatibleError(
             f"the node's driver {gpu.driver} serves CUDA {gpu.cuda_major}, "

@@ -129,6 +129,16 @@ def _create_folder(below: Path | None = None) -> tempfile.TemporaryDirectory[str
     return tempfile.TemporaryDirectory(prefix="internvl-", dir=below, ignore_cleanup_errors=True)
 
 
+def failure(message: str) -> errors.StageError:
+    """Return the error of ranks that have ended, or hang."""
+    return errors.StageError(
+        errors.Reason.RANK_FAILED,
+        message,
+        remedy="read the container's log; out of memory is the usual cause; NCCL_DEBUG=INFO tells "
+        "of GPUs' connections",
+    )
+
+
 def last_notice(said: str) -> Notice | None:
     """Return what names a rank last in the log of mpirun and its ranks, else the last notice."""
     for found in reversed(list(_CULPRIT.finditer(" ".join(said.split())))):

@@ -69,9 +69,8 @@ class Processes:
                     return result
         finally:
             wanted.cancel()
-        if self.failed.done():
-            raise self.failed.result()
-        raise self._error(f"the engine worker was not ready within {seconds:g} s")
+        self.fail(f"the engine worker was not ready within {seconds:g} s")
+        raise self.failed.result()
 
     def be_serving(self) -> None:
         """Call what ends from now on an end while serving."""
@@ -108,6 +107,7 @@ class Processes:
         self._process = await asyncio.create_subprocess_exec(
             *mpi.command(self._ranks, program),
             env=self._environment,
+            stdin=asyncio.subprocess.DEVNULL,
             stderr=None if self._ranks == 1 else asyncio.subprocess.PIPE,
             # What a terminal's Ctrl-C ends is the server, after its answers.
             start_new_session=True,
@@ -194,14 +194,12 @@ class Processes:
         await process.wait()
 
     def _error(self, why: str) -> errors.StageError:
-        if self._ranks == 1:
-            reason, hint = errors.Reason.CRASH_LOOP, ""
-        else:
-            reason, hint = errors.Reason.RANK_FAILED, "; NCCL_DEBUG=INFO tells of GPUs' connections"
+        if self._ranks > 1:
+            return mpi.failure(why)
         return errors.StageError(
-            reason,
+            errors.Reason.CRASH_LOOP,
             why,
-            remedy=f"read the container's log; out of memory is the usual cause{hint}",
+            remedy="read the container's log; out of memory is the usual cause",
         )
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:

@@ -210,12 +210,15 @@ async def serve(
         worker.put(channel.Stop())
         try:
             await running
+            if receiving.done():
+                receiving.result()
         finally:
             # First of all the server hears of it: a grammar may hold this process a while.
             writer.close()
             receiving.cancel()
             beating.cancel()
-            await loop.run_in_executor(thread, engine.close)
+        # Of one that failed mpirun ends the other ranks, which would not hear of this.
+        await loop.run_in_executor(thread, engine.close)
     return 0
 
 

@@ -34,6 +34,8 @@ ContextChunkingPolicy = enum.Enum("ContextChunkingPolicy", "EQUAL_PROGRESS FIRST
 FinishReason = enum.Enum(
     "FinishReason", "NOT_FINISHED END_ID STOP_WORDS LENGTH TIMED_OUT CANCELLED", start=0
 )
+_PAUSING = CapacitySchedulerPolicy.MAX_UTILIZATION
+_STATIC = CapacitySchedulerPolicy.STATIC_BATCH
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _STORED_BLOCKS = 4096
 _MOST_ID = 2**64
@@ -143,6 +145,8 @@ Request = _strict(
     output_config=(OutputConfig, OutputConfig()), end_id=_OPTIONAL_INT, pad_id=_OPTIONAL_INT,
     position_ids=(([int], None), None), bad_words=(([[int]], None), None),
     stop_words=(([[int]], None), None), embedding_bias=((torch.Tensor, None), None),
+    # Nothing reads it where there is an engine.
+    multimodal_embedding=((torch.Tensor, None), None),
     prompt_tuning_config=((PromptTuningConfig, None), None), client_id=_OPTIONAL_INT,
     return_all_generated_tokens=(bool, False), priority=(float, 0.5),
     num_return_sequences=(int, 1), guided_decoding_params=(None, None),
@@ -230,6 +234,11 @@ class Executor:
             raise StrictError("executor_config")
         if executor_config.batching_type is not BatchingType.INFLIGHT:
             raise StrictError("the double batches in flight")
+        if executor_config.scheduler_config.capacity_scheduler_policy is _STATIC:
+            raise StrictError("the double batches in flight")
+        share = executor_config.kv_cache_config.free_gpu_memory_fraction
+        if share is not None and not 0 < share < 1:
+            raise StrictError(f"free_gpu_memory_fraction is {share}")
         self._config = executor_config
         self._read(Path(model_path))
         if self._ranks.rank:
@@ -469,7 +478,9 @@ class Executor:
             if fault == "dead":
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             if fault == "paused":
-                # As MAX_UTILIZATION does where blocks are short: all is computed again later.
+                # Where blocks are short, and all is computed again later.
+                if self._config.scheduler_config.capacity_scheduler_policy is not _PAUSING:
+                    raise StrictError("no other policy pauses")
                 self._drop(each)
                 each.has_begun, each.computed = False, 0
                 self._running.remove(each)

@@ -306,8 +306,8 @@ _SPECIAL = {
     ("Runtime", "deserialize_cuda_engine"): _deserialize,
     ("ICudaEngine", "get_tensor_name"): lambda self, index: self._names[index],
     ("ICudaEngine", "get_tensor_mode"): _get_mode,
-    ("ICudaEngine", "get_tensor_profile_shape"): lambda self, name, _: [
-        tuple(shape) for shape in self._profile[name]
+    ("ICudaEngine", "get_tensor_profile_shape"): lambda self, name, index: [
+        tuple(shape) for shape in [self._profile][index][name]
     ],
     ("ICudaEngine", "create_execution_context"): _create_context,
     ("IExecutionContext", "set_input_shape"): _set_input_shape,

@@ -105,3 +105,25 @@ def test_a_step_that_fails_on_rank_0_alone_ends_all():
     # The others are in the step, and would not hear it.
     leader.stop()
     assert (group.told.qsize(), group.closed) == (told, 0)
+
+
+def test_a_leader_that_has_lost_a_rank_tells_no_more():
+    class Broken(Group):
+        def tell(self, numbers):
+            super().tell(numbers)
+            raise errors.RankLostError("another rank is gone")
+
+    group = Broken()
+    leader = following.Leader(group)
+    with pytest.raises(errors.RankLostError), leader.step(SPANS, torch.zeros(4, 8), [2, 3]):
+        raise AssertionError
+    group.told.get_nowait()
+    leader.stop()
+    assert group.told.empty()
+
+
+def test_an_order_of_another_release_ends_the_rank():
+    group, model = Group(), Model()
+    group.tell([9])
+    with pytest.raises(errors.RankFailedError, match="rank 0 has ordered 9"):
+        following.follow(group, model, model.create_attention, int)

@@ -19,17 +19,15 @@ def machine(monkeypatch):
 
 
 def engine(ranks=2, **changed):
-    return types.SimpleNamespace(
-        **{"architecture": "sm_90", "backend": "TensorRT", "ranks": ranks, **changed}
-    )
+    return {"architecture": "sm_90", "backend": "TensorRT", "ranks": ranks, **changed}
 
 
 def test_a_machine_that_fits_is_taken(machine):
-    folder.check_machine(engine())
+    folder.check_machine(**engine())
     machine.shared = 0
-    folder.check_machine(engine(ranks=1))
+    folder.check_machine(**engine(ranks=1))
     machine.count = machine.cuda_major = 0
-    folder.check_machine(engine(architecture="cpu-x86_64", backend="PyTorch"))
+    folder.check_machine(**engine(architecture="cpu-x86_64", backend="PyTorch"))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +41,7 @@ def test_a_machine_that_fits_is_taken(machine):
 def test_a_machine_that_does_not_fit_is_told(machine, changed, words):
     vars(machine).update(changed)
     with pytest.raises(errors.EngineIncompatibleError, match=words) as caught:
-        folder.check_machine(engine())
+        folder.check_machine(**engine())
     assert caught.value.remedy
 
 

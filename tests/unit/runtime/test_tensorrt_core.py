@@ -1,6 +1,7 @@
 """What the engine keeps of its requests, over an executor that says what the test lets it."""
 
 import logging
+import threading
 import types
 
 import numpy as np
@@ -37,6 +38,7 @@ class Executor:
         self.cancelled.append(id)
 
     def await_responses(self, timeout):
+        assert 0 < timeout.total_seconds() < 1
         responses, self.responses = self.responses, []
         return responses
 
@@ -294,12 +296,34 @@ def test_silence_is_measured_while_something_runs(setting):
 
 
 def test_the_vision_engine_is_silent_from_its_own_begin(setting):
+    going_on = threading.Event()
+    encode = setting.tower.encode
+    setting.tower.encode = lambda tiles: going_on.wait() and encode(tiles)
     setting.submit("r", "a", at_hand=True)
     setting.now += 9
-    setting.engine._begin_encoding()
+    setting.step()
     assert setting.engine.is_busy
     setting.now += 2
     assert setting.engine.silent_seconds == 2
+    # What the executor says beside it is no sign of it.
+    setting.submit("text")
+    setting.step()
+    setting.now += 3
+    setting.executor.tell(1)
+    setting.step()
+    assert setting.engine.silent_seconds == 5
+    going_on.set()
+    setting.step_until_encoded("a")
+    assert setting.engine.silent_seconds == 0
+
+
+def test_a_pass_of_the_vision_engine_is_no_sign_of_the_executor(setting):
+    setting.submit("text")
+    setting.step()
+    setting.now += 7
+    setting.submit("r", "a", at_hand=True)
+    setting.step_until_encoded("a")
+    assert setting.engine.silent_seconds == 7
 
 
 def test_pictures_are_counted_as_looked_up_and_found(setting):
@@ -314,12 +338,19 @@ def test_pictures_are_counted_as_looked_up_and_found(setting):
     (report,) = setting.engine.take_reports()
     assert (report.pictures_looked_up, report.pictures_found) == (4, 3)
     assert (report.tiles, report.tower_passes) == (1, 1)
+    assert report.load == setting.engine.load()
     assert (report.prompt_tokens_looked_up, report.prompt_tokens_found) == (256, 96)
     assert setting.engine.take_reports() == []
     assert setting.engine.blocks == 90
     assert setting.engine.load() == interface.EngineLoad(
         running=1, waiting=2, blocks_used=8, picture_cache_bytes=TILE_BYTES
     )
+
+
+def test_pictures_that_nobody_has_seen_are_not_found(setting):
+    setting.submit("first", "a")
+    setting.submit("other", "b")
+    assert (setting.gallery.lookups, setting.gallery.hits) == (2, 0)
 
 
 def test_an_iteration_without_tokens_is_no_step(setting):
@@ -391,6 +422,14 @@ def test_a_pass_takes_as_many_tiles_as_the_profile_and_whole_pictures():
     setting.step_until_encoded("c")
     setting.engine.close()
     assert setting.tower.passes == [4, 1]
+
+
+def test_a_picture_that_is_in_the_pass_already_hides_none_behind_it():
+    setting = Setting()
+    setting.submit("r", "aab", at_hand=True)
+    setting.step_until_encoded("b")
+    setting.engine.close()
+    assert setting.tower.passes == [2]
 
 
 def test_pictures_wait_for_room_among_the_features():

@@ -50,9 +50,9 @@ class Leader:
         `last` are the rows with logits. What fails inside leaves the ranks at different places:
         it becomes RankFailedError.
         """
-        self._group.tell([_Order.STEP, len(spans), *_numbers_of(spans), *last])
-        self._group.share(hidden)
         try:
+            self._group.tell([_Order.STEP, len(spans), *_numbers_of(spans), *last])
+            self._group.share(hidden)
             yield
         except errors.RankError:
             self._is_out_of_step = True

@@ -57,11 +57,12 @@ def _naming_lost_ranks(method: Callable[_P, _R]) -> Callable[_P, _R]:
     def told(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return method(*args, **kwargs)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            # Of this rank's own device.
             raise
         except RuntimeError as e:
-            words, _, _ = str(e).partition("\n")
-            raise errors.RankLostError(f"another rank is gone: {words}") from e
+            words, _, _ = str(e).partition("Exception raised from")
+            raise errors.RankLostError(f"another rank is gone: {' '.join(words.split())}") from e
 
     return told
 
@@ -72,6 +73,7 @@ class Distributed:
     Every method but `close` raises RankLostError.
     """
 
+    @_naming_lost_ranks
     def __init__(self, meeting: Path, *, rank: int, size: int, device: str) -> None:
         """Wait until all ranks have met by a file that none of them has made before."""
         self.rank, self.size = rank, size

@@ -97,8 +97,8 @@ class Engine:
         """Pictures in the vision engine."""
         self._reports: list[interface.StepReport] = []
         self._counts = counts.Counts(clock())
-        self._heard = clock()
-        """When the executor has told something, or the vision engine was given something."""
+        self._heard = self._encoding_began = clock()
+        """When the executor has told something."""
         dtype_bytes = getattr(torch, built.dtype).itemsize
         self._bytes_per_tile = config.TOKENS_PER_TILE * built.hidden_size * dtype_bytes
 
@@ -109,8 +109,11 @@ class Engine:
 
     @property
     def silent_seconds(self) -> float:
-        """For how long what runs has told nothing; for any thread."""
-        return self._clock() - self._heard if self._answers or self._encoding else 0.0
+        """For how long the executor or the vision engine has told nothing; for any thread."""
+        heard = [self._heard] if self._answers else []
+        began = [self._encoding_began] if self._encoding else []
+        now = self._clock()
+        return now - min(heard + began, default=now)
 
     @property
     def is_busy(self) -> bool:
@@ -271,7 +274,7 @@ class Engine:
                     room -= len(tiles)
         if batch:
             self._under_way = frozenset(batch)
-            self._heard = self._clock()
+            self._encoding_began = self._clock()
             self._encoding = self._encoder.submit(self._encode, batch)
 
     def _encode(self, batch: dict[str, gallery.Tiles]) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """The executor's statistics as reports of steps."""
 
+import dataclasses
 from typing import Any
 
 from internvl_runtime.engine import gallery, interface
@@ -49,7 +50,7 @@ class Counts:
             prefill_tokens=flight.num_ctx_tokens,
             tiles=sum(passes),
             tower_passes=len(passes),
-            load=load,
+            load=dataclasses.replace(load, blocks_used=self.blocks_used),
             preemptions=self._preemptions,
             prompt_tokens_looked_up=found + missed,
             prompt_tokens_found=found,

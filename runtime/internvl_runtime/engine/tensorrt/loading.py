@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from internvl_runtime import errors
-from internvl_runtime.engine import gallery, interface, pixels, stepping
+from internvl_runtime.engine import gallery, interface, mpi, pixels, stepping
 from internvl_runtime.engine.tensorrt import built as builts
 from internvl_runtime.engine.tensorrt import core, vision
 
@@ -21,6 +21,8 @@ _FREE_MEMORY_SHARE = 0.9
 default."""
 _SHORT_OF_MEMORY = ("out of memory", "attention window", "kv cache")
 """In what the executor raises."""
+_OF_RANKS = "nccl"
+"""Likewise: of a connection, or of another rank."""
 _STATISTICS = 1000
 """Iterations whose statistics wait for us."""
 
@@ -142,6 +144,8 @@ def _create(module: Any, folder: Path, config: Any) -> Any:
                 remedy="build it with a smaller maxBatchSize or maxSequenceTokens, raise "
                 "tensorParallelSize, or use a larger GPU",
             ) from e
+        if _OF_RANKS in words.lower():
+            raise mpi.failure(f"TensorRT-LLM's ranks do not meet: {words[:500]}") from e
         raise errors.EngineIncompatibleError(
             f"TensorRT-LLM does not load the engine: {words[:500]}",
             remedy="serve on the kind of GPU and with the image that the engine was built for",
