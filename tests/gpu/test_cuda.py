@@ -16,6 +16,7 @@ from asking import answer_alone, ask, assert_equal_but_for_ties, collect, pictur
 from internvl_runtime.artifacts import shapes, tensors
 from internvl_runtime.engine import interface, stepping
 from internvl_runtime.engine.pytorch import attention, loading, products, ranks, weights
+from internvl_runtime.engine.tensorrt import requests as requests_of_tensorrt
 from internvl_runtime.model import config, tensor_parallel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -189,6 +190,14 @@ def test_nccl_changes_no_token(load, dtype, tmp_path):
         told.append(answers)
         del engine
     assert told[0] == told[1]
+
+
+def test_a_prompt_table_lies_pinned_in_the_hosts_memory():
+    request, tiles = ask("r", [picture(1)], context=CONTEXT)
+    features = {name: torch.ones(256, 8) for name in tiles}
+    table = requests_of_tensorrt._table(request, features, "bfloat16")
+    assert table.is_pinned()
+    assert table.device.type == "cpu"
 
 
 def test_the_cache_takes_what_the_largest_step_leaves_free(load):
