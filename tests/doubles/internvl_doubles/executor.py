@@ -360,6 +360,7 @@ class Executor:
         if timeout is not None and not isinstance(timeout, datetime.timedelta):
             raise StrictError(f"timeout is {timeout!r}")
         seconds = None if timeout is None else timeout.total_seconds()
+        self._check_alive()
         with self._changed:
             self._changed.wait_for(lambda: self._responses or self._failure, seconds)
             self._check_alive()
