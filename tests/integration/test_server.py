@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -239,6 +240,20 @@ def test_sigterm_ends_server_and_worker_cleanly(qwen_engine):
 
         assert server.process.wait(timeout=30) == 0
         assert not Path(f"/proc/{worker}").exists()
+
+
+@pytest.mark.parametrize("setting", ["port", "metrics_port"])
+def test_a_port_that_is_taken_is_told(qwen_engine, tmp_path, setting):
+    told = tmp_path / "told"
+    told.touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        settings = {"termination_log": str(told), setting: port}
+        with runtime_process.serve(qwen_engine, wait=False, **settings) as server:
+            assert server.process.wait(timeout=30) == 80
+    said = json.loads(told.read_text())["message"]
+    assert said.startswith(f"INTERNVL_RUNTIME_{setting.upper()}={port} can not be listened on")
+    assert "Address already in use" in said
 
 
 def test_another_version_of_torch_is_refused_in_seconds(qwen_engine, tmp_path):

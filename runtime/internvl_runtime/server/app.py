@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import fastapi.middleware.cors
 import uvicorn
 
 import internvl_runtime
-from internvl_runtime import metrics, settings
+from internvl_runtime import errors, metrics, settings
 from internvl_runtime.engine import client, folder
 from internvl_runtime.server import (
     asgi,
@@ -29,6 +30,9 @@ from internvl_runtime.server import errors as http_errors
 from internvl_runtime.vision import fetch
 
 logger = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+"""Connections that may wait to be accepted, as uvicorn has it."""
 
 
 def create_app(api: routes.Api, *, config: settings.Settings, draining: drain.Drain) -> asgi.App:
@@ -88,13 +92,14 @@ async def serve(
         stalled_seconds=config.stalled_seconds,
     )
     app = create_app(api, config=config, draining=draining)
-    if config.metrics_port:
-        metrics.serve(config.host, config.metrics_port)
+    with _naming(settings.PREFIX + "METRICS_PORT", config.metrics_port):
+        if config.metrics_port:
+            metrics.serve(config.host, config.metrics_port)
+    with _naming(settings.PREFIX + "PORT", config.port):
+        listener = _listen(config.host, config.port)
     server = _Server(
         uvicorn.Config(
             app,
-            host=config.host,
-            port=config.port,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=1,
@@ -103,9 +108,27 @@ async def serve(
         config,
     )
     try:
-        await _run(server, engine)
+        await _run(server, engine, listener)
     finally:
         await fetcher.close()
+
+
+@contextlib.contextmanager
+def _naming(setting: str, port: int) -> Iterator[None]:
+    """Tell which setting's port can not be listened on."""
+    try:
+        yield
+    except OSError as e:
+        raise errors.StageError(
+            errors.Reason.CRASH_LOOP,
+            f"{setting}={port} can not be listened on: {e}",
+            remedy="set another port, or end what has this one",
+        ) from e
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
 
 
 def _worker_options(config: settings.Settings, step_log: Path | None) -> client.WorkerOptions:
@@ -165,8 +188,10 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-async def _run(server: uvicorn.Server, engine: client.WorkerEngine) -> None:
-    serving = asyncio.create_task(server.serve(), name="http")
+async def _run(
+    server: uvicorn.Server, engine: client.WorkerEngine, listener: socket.socket
+) -> None:
+    serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
     starting = asyncio.create_task(engine.start(), name="engine-start")
     try:
         await asyncio.wait([serving, starting], return_when=asyncio.FIRST_COMPLETED)
