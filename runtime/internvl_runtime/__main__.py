@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from internvl_runtime import errors, settings
 from internvl_runtime.artifacts import progress, sources, stages, synthesize
 from internvl_runtime.model import config
 from internvl_runtime.store import cache as caches
+
+logger = logging.getLogger(__name__)
 
 RESULT_SCHEMA = 1
 _MOST_TERMINATION_BYTES = 4096
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for error in e.errors():
             print(f"{_variable(error['loc'])}: {error['msg']}", file=sys.stderr)
         return EXIT_FAILED
+    for name, meant in settings.misspelt(os.environ).items():
+        logger.warning("%s is no setting; did you mean %s?", name, meant)
     try:
         with _deadline(getattr(parsed, "timeout", None)):
             result = parsed.run(parsed, config_)

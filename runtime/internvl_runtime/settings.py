@@ -1,8 +1,11 @@
 """Every setting of the runtime, read from the environment in this place alone."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pydantic
+import pydantic.fields
 import pydantic_settings
 
 PREFIX = "INTERNVL_RUNTIME_"
@@ -13,7 +16,7 @@ class Settings(pydantic_settings.BaseSettings):
     """Settings whose environment variables begin with `PREFIX`."""
 
     model_config = pydantic_settings.SettingsConfigDict(
-        env_prefix=PREFIX, extra="forbid", frozen=True
+        env_prefix=PREFIX, extra="forbid", frozen=True, use_attribute_docstrings=True
     )
 
     cache_root: Path = Path("/cache")
@@ -93,7 +96,7 @@ class Settings(pydantic_settings.BaseSettings):
     """Largest video, in bytes."""
 
     max_videos: int = 4
-    """Videos of one request: each takes a process, and up to `video_seconds`."""
+    """Videos of one request: each takes a process for a while."""
 
     video_frames: int = 8
     """Frames of a video that says no `num_frames`; the model card's default."""
@@ -144,3 +147,25 @@ class Settings(pydantic_settings.BaseSettings):
 
     torch_threads: int = 0
     """Threads that torch uses on a CPU; 0 leaves the choice to torch."""
+
+
+def variables() -> dict[str, pydantic.fields.FieldInfo]:
+    """Return every environment variable that is read, with its field."""
+    return {
+        str(field.validation_alias or f"{PREFIX}{name}".upper()): field
+        for name, field in Settings.model_fields.items()
+    }
+
+
+def misspelt(environment: Iterable[str]) -> dict[str, str]:
+    """Return the variables of our prefix that are read by nobody, with the nearest that is.
+
+    Kubernetes sets some for a Service of such a name; nothing that is read is near them.
+    """
+    known = variables()
+    near = {
+        name: difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+        for name in environment
+        if name.startswith(PREFIX) and name not in known
+    }
+    return {name: matches[0] for name, matches in near.items() if matches}

@@ -1,5 +1,6 @@
 """What the documents tell people to run exists."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -48,6 +49,22 @@ def test_examples_are_resources(path):
     manifest = yaml.safe_load(path.read_text())
     metadata = {**manifest["metadata"], "namespace": "ns", "uid": "u"}
     v1alpha1.Resource.model_validate({**manifest, "metadata": metadata})
+
+
+def settings_table():
+    """The rows of docs/settings.md, as the code has them."""
+    from internvl_runtime import settings
+
+    for variable, field in settings.variables().items():
+        value = json.dumps(field.default, default=str).strip('"')
+        default = "" if field.default is None else f"`{value}`"
+        meaning = " ".join(field.description.split()).replace("|", r"\|")
+        yield f"| `{variable}` | {default} | {meaning} |"
+
+
+def test_every_setting_is_documented():
+    rows = [row for row in TEXTS["docs/settings.md"].splitlines() if row.startswith("| `")]
+    assert rows == list(settings_table())
 
 
 def test_every_reason_is_documented():
