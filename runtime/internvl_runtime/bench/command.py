@@ -15,6 +15,9 @@ import rich.progress
 from internvl_runtime import errors
 from internvl_runtime.bench import load, plots, report, scenarios
 
+_MOST_SIDE = 65_500
+"""Pixels, of libjpeg."""
+
 
 def run(arguments: argparse.Namespace) -> None:
     """Load a server and report. Raises StageError when the figures are worth nothing."""
@@ -74,6 +77,10 @@ def _shape(picture: str, words: int) -> scenarios.Shape:
         width, height = map(int, picture.split("x"))
     except ValueError as e:
         raise errors.MeasurementError(f"--picture {picture} is no size; write 1280x720") from e
+    if not (1 <= width <= _MOST_SIDE and 1 <= height <= _MOST_SIDE):
+        raise errors.MeasurementError(
+            f"--picture {picture}: a JPEG has from 1 to {_MOST_SIDE} pixels a side"
+        )
     return scenarios.Shape(width=width, height=height, words=words)
 
 

@@ -102,7 +102,10 @@ def read_request(path: Path) -> tuple[schemas.Message, ...]:
 def question(
     images: Sequence[Path], text: str, *, max_dynamic_patch: int | None
 ) -> tuple[schemas.Message, ...]:
-    """Return one user message: pictures, then text."""
+    """Return one user message: pictures, then text; raises RequestError for a missing picture."""
+    for image in images:
+        if not image.is_file():
+            raise errors.RequestError(f"there is no file {image}")
     parts: list[dict[str, Any]] = [
         {
             "type": "image_url",
