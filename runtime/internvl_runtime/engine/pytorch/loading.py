@@ -73,7 +73,7 @@ def load_engine(
     As rank 0 of a `group`, where there is one, whose other ranks `follow`. Raises StageError when
     the memory is too small for one request.
     """
-    place = torch.device(device)
+    place = _place(device)
     tower = vision.VisionTower(
         model.vision, weights.load_weights(checkpoint / "vision.safetensors", place)
     )
@@ -124,7 +124,7 @@ def follow(
     group: ranks.Distributed,
 ) -> None:
     """Load a rank's share, and do what rank 0 tells until it stops."""
-    place = torch.device(device)
+    place = _place(device)
     decoder = _load_decoder(checkpoint, model, limits, place, kernels=kernels, group=group)
     following.follow(
         group,
@@ -132,6 +132,13 @@ def follow(
         lambda blocks: _create_attention(decoder, blocks),
         lambda blocks: _free_bytes(decoder, blocks),
     )
+
+
+def _place(device: str) -> torch.device:
+    """Return the device with its number: safetensors takes `cuda` for the first GPU."""
+    if device == "cuda":
+        return torch.device(device, torch.cuda.current_device())
+    return torch.device(device)
 
 
 def _load_decoder(

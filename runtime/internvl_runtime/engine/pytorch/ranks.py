@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from internvl_runtime import errors
+from internvl_runtime.engine import mpi
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -17,6 +19,9 @@ _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """By device; what rank 0 tells lies on the CPU."""
 _PATIENCE = datetime.timedelta(days=3650)
 """Ranks wait for the next step for as long as nobody asks; mpirun ends those of a dead one."""
+_NCCL_LOST = "ncclRemoteError"
+_NCCL_FAILURE = re.compile(r"nccl[A-Z]\w+: .*")
+"""In an error's text: the kind, and what NCCL says of it."""
 
 
 class Group(Protocol):
@@ -51,7 +56,10 @@ ALONE: Group = _Alone()
 
 
 def _naming_lost_ranks(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Say what the error of a connection means; torch raises RuntimeError for each."""
+    """Say what the error of a connection means; torch raises RuntimeError for each.
+
+    What NCCL says of this rank's own side becomes StageError.
+    """
 
     @functools.wraps(method)
     def told(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -61,8 +69,12 @@ def _naming_lost_ranks(method: Callable[_P, _R]) -> Callable[_P, _R]:
             # Of this rank's own device.
             raise
         except RuntimeError as e:
-            words, _, _ = str(e).partition("Exception raised from")
-            raise errors.RankLostError(f"another rank is gone: {' '.join(words.split())}") from e
+            text, _, _ = str(e).partition("Exception raised from")
+            words = " ".join(text.split())
+            failure = _NCCL_FAILURE.search(words)
+            if failure and not failure[0].startswith(_NCCL_LOST):
+                raise mpi.failure(f"NCCL does not connect the GPUs: {failure[0]}") from e
+            raise errors.RankLostError(f"another rank is gone: {words}") from e
 
     return told
 
@@ -70,19 +82,24 @@ def _naming_lost_ranks(method: Callable[_P, _R]) -> Callable[_P, _R]:
 class Distributed:
     """Processes of one machine: gloo between CPUs, NCCL between GPUs.
 
-    Every method but `close` raises RankLostError.
+    Every method but `close` raises RankLostError, and StageError where NCCL can not work.
     """
 
     @_naming_lost_ranks
     def __init__(self, meeting: Path, *, rank: int, size: int, device: str) -> None:
-        """Wait until all ranks have met by a file that none of them has made before."""
+        """Wait until all ranks have met by a file that none of them has made before.
+
+        GPUs are connected at once, each rank's current one: what hinders them is told here.
+        """
         self.rank, self.size = rank, size
+        own = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
         dist.init_process_group(
             _BACKENDS[device],
             init_method=f"file://{meeting}",
             rank=rank,
             world_size=size,
             timeout=_PATIENCE,
+            device_id=own,
         )
 
     @_naming_lost_ranks
