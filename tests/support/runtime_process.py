@@ -82,17 +82,20 @@ def build_engine_of(
     ranks: int = 1,
     backend: str = "PyTorch",
     flags: dict | None = None,
+    for_gpu: bool = False,
 ) -> Path:
-    """Walk from a source to a published engine; returns its folder."""
+    """Walk from a source to a published engine, for this machine's GPU if wanted; its folder."""
     source = json.dumps(described)
     weights = result_of("resolve", "--source", source, cache=cache)["weights"]
     result_of("fetch", "--source", source, "--weights", weights, cache=cache)
     convert = ["convert", "--weights", weights, "--dtype", dtype, "--tensor-parallel-size", ranks]
     checkpoint = result_of(*convert, cache=cache)["checkpoint"]
+    target = [
+        "--architecture", ARCHITECTURES[backend], "--versions", json.dumps(VERSIONS[backend]),
+    ]  # fmt: skip
     build = [
         "build", "--checkpoint", checkpoint, "--backend", backend,
-        "--architecture", ARCHITECTURES[backend], "--versions", json.dumps(VERSIONS[backend]),
-        "--flags", json.dumps(flags or FLAGS),
+        "--flags", json.dumps(flags or FLAGS), *([] if for_gpu else target),
     ]  # fmt: skip
     return cache / "engines" / result_of(*build, cache=cache)["engine"]
 

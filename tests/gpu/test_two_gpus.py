@@ -1,0 +1,49 @@
+"""Two ranks with a GPU each, over NCCL: run by hand on such a machine, where CI has none.
+
+PYTHONPATH=runtime:tests/support python -m pytest tests/gpu/test_two_gpus.py -c /dev/null
+"""
+
+import pytest
+import runtime_process
+import served_ranks
+import torch
+from internvl_runtime.artifacts import shapes
+from internvl_runtime.model import config
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+
+MANY_TOKENS = 1500
+"""A GPU's answers of so many tokens still run when SIGTERM comes."""
+
+
+@pytest.fixture(scope="module", params=["tiny-shapes", *config.Family], ids=str)
+def source(request, tmp_path_factory):
+    if request.param == "tiny-shapes":
+        return {"bundled": {"name": request.param}}
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return {"folder": {"path": str(runtime_process.synthesize(folder, shapes.TINY, request.param))}}
+
+
+def test_two_gpus_give_the_tokens_of_one(source, tmp_path):
+    one, two = (
+        runtime_process.build_engine_of(source, cache=tmp_path, ranks=ranks, for_gpu=True)
+        for ranks in (1, 2)
+    )
+    assert served_ranks.answers_at_once(two) == served_ranks.answers_at_once(one)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder, cache = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("cache")
+    runtime_process.synthesize(folder, shapes.TINY, config.Family.QWEN2)
+    return runtime_process.build_engine(folder, cache=cache, ranks=2, for_gpu=True)
+
+
+@pytest.mark.parametrize("name", [0, 1])
+@pytest.mark.parametrize("phase", ["start", "idle", "decode", "drain"])
+def test_a_killed_rank_ends_the_whole(two_ranks, phase, name, tmp_path):
+    served_ranks.check_killed(phase, name, two_ranks, tmp_path / "told")
+
+
+def test_sigterm_under_load_loses_no_stream(two_ranks):
+    served_ranks.check_sigterm(two_ranks, tokens=MANY_TOKENS)
