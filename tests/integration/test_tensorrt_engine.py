@@ -401,7 +401,7 @@ def test_a_tower_that_can_not_run_is_told(built, monkeypatch):
 
 
 def test_a_cache_for_less_than_a_sequence_is_refused(built):
-    with pytest.raises(errors.StageError, match="does not fit") as caught:
+    with pytest.raises(errors.StageError, match="tokens needs 2097152") as caught:
         loading.load_engine(built[2], LIMITS, picture_cache_bytes=2**28, kv_cache_bytes=2**20)
     assert caught.value.reason is errors.Reason.OUT_OF_GPU_MEMORY
 

@@ -8,6 +8,7 @@ blocks with equal tokens and extra ids, so that a wrong id gives a wrong answer.
 """
 
 import collections
+import copy
 import datetime
 import enum
 import itertools
@@ -216,8 +217,24 @@ class _Running:
         self.computed = self.reused = 0
         self.has_begun = False
         self.generated, self.log_probs, self.logits = [], [], []
-        self.table = request.prompt_tuning_config
         self.is_cancelled = False
+        table, self._rows = request.prompt_tuning_config, None
+        # The real one reads a pinned table behind its owner's back, and has a copy from then on.
+        self._table = weakref.ref(table.embedding_table) if table else None
+        request.prompt_tuning_config = None
+
+    def rows(self):
+        """Return the table, which its owner keeps until it is read: up to the first token."""
+        if self._rows is not None:
+            return self._rows
+        if (table := self._table()) is None:
+            raise StrictError("the table's memory was let go before it was read")
+        return table
+
+    def keep_rows(self):
+        """Have a copy from now on."""
+        if self._table:
+            self._rows = self.rows().clone()
 
     @property
     def is_in_context(self):
@@ -343,7 +360,7 @@ class Executor:
                 )
                 self._responses.append(Response(number, error_msg=message))
             else:
-                self._requests.append(_Running(number, request, extra_ids))
+                self._requests.append(_Running(number, copy.copy(request), extra_ids))
             self._changed.notify_all()
         return number
 
@@ -391,10 +408,7 @@ class Executor:
             raise StrictError(f"max_tokens {request.max_tokens} would be cut to {room}")
         if request.max_tokens < 1 or not token_ids:
             raise StrictError("an empty prompt, or no token to generate")
-        if (request.sampling_config.top_k or 0) > 1024:
-            raise StrictError("top_k would be cut to 1024")
-        if request.sampling_config.beam_width > self._config.max_beam_width:
-            raise StrictError(f"beam width {request.sampling_config.beam_width}")
+        _check_sampling(request.sampling_config, most_beams=self._config.max_beam_width)
         if not 0 <= request.priority <= 1:
             raise StrictError(f"priority {request.priority} is not in [0, 1]")
         rows = [(place, each) for place, each in enumerate(token_ids) if each >= self._vocabulary]
@@ -546,7 +560,7 @@ class Executor:
             is_row = ids >= self._vocabulary
             hidden = self._ranks.model.embed(ids.where(~is_row, 0))
             if is_row.any():
-                hidden[is_row] = each.table.embedding_table[ids[is_row] - self._vocabulary]
+                hidden[is_row] = each.rows()[ids[is_row] - self._vocabulary]
             logits = self._ranks.do("compute", each.number, each.computed, hidden)
             was_in_context = each.is_in_context
             each.computed += length
@@ -573,6 +587,8 @@ class Executor:
             self._ranks.do("drop", each.number)
 
     def _choose(self, each, logits):
+        if not each.generated:
+            each.keep_rows()
         row = logits.numpy()
         wanted = _sampling(each.request.sampling_config)
         generated = collections.Counter(each.generated)
@@ -626,7 +642,7 @@ class Executor:
             log_probs=[list(each.log_probs)] if output.return_log_probs else None,
             generation_logits=torch.stack(each.logits).unsqueeze(0)
             if output.return_generation_logits and each.logits else None,
-            request_perf_metrics=metrics if output.return_perf_metrics and is_over else None,
+            request_perf_metrics=metrics if output.return_perf_metrics else None,
         )  # fmt: skip
         if is_over and each in self._running:
             self._drop(each)
@@ -655,6 +671,24 @@ class Executor:
         )  # fmt: skip
         with self._changed:
             self._statistics.append(told)
+
+
+def _check_sampling(config, *, most_beams):
+    """Apply the ranges of `cpp/tensorrt_llm/executor/samplingConfig.cpp`."""
+    if (config.top_k or 0) > 1024:
+        raise StrictError("top_k would be cut to 1024")
+    for name, is_legal in {
+        "beam_width": lambda value: 1 <= value <= most_beams,
+        "top_k": lambda value: value >= 0,
+        "top_p": lambda value: 0 < value <= 1,
+        "min_p": lambda value: 0 <= value <= 1,
+        "temperature": lambda value: value >= 0,
+        "repetition_penalty": lambda value: value > 0,
+        "seed": lambda value: 0 <= value < _MOST_ID,
+    }.items():
+        value = getattr(config, name)
+        if value is not None and not is_legal(value):
+            raise StrictError(f"SamplingConfig.{name} is {value}")
 
 
 def _told(config):

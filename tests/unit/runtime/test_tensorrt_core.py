@@ -3,6 +3,7 @@
 import logging
 import threading
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -139,6 +140,35 @@ def setting():
 
 def failures(steps):
     return {step.request_id: str(step.error) for step in steps if step.error}
+
+
+def enqueue_with_table(setting):
+    """Hand a request over; returns a weak reference of its table, which the executor copies."""
+    setting.submit("r", "a", at_hand=True)
+    setting.step_until_encoded("a")
+    return weakref.ref(setting.executor.requests.pop().prompt_tuning_config.embedding_table)
+
+
+def test_a_table_is_kept_until_its_first_response(setting):
+    table = enqueue_with_table(setting)
+    setting.step()
+    assert table() is not None
+    setting.executor.tell(1)
+    setting.step()
+    assert table() is None
+
+
+def test_a_cancelled_request_s_table_is_kept_until_its_last_response(setting):
+    table = enqueue_with_table(setting)
+    setting.engine.cancel("r")
+    assert setting.step() == []
+    assert table() is not None
+    assert setting.engine.is_busy
+    assert not setting.engine.has_work
+    setting.executor.tell(1, (), "CANCELLED")
+    assert setting.step() == []
+    assert table() is None
+    assert not setting.engine.is_busy
 
 
 def test_what_the_executor_refuses_fails_alone_and_is_logged(setting, caplog):

@@ -7,11 +7,16 @@ import pytest
 from internvl_doubles import executor
 from internvl_runtime import errors
 from internvl_runtime.engine import interface
+from internvl_runtime.engine.tensorrt import built as builts
 from internvl_runtime.engine.tensorrt import loading
 
 LIMITS = interface.EngineLimits(
     max_sequence_tokens=4096, max_input_tokens=4095, max_batched_tokens=512, max_batch_size=4,
     max_tiles_per_image=6, max_tiles_per_request=8,
+)  # fmt: skip
+BUILT = builts.Built(
+    dtype="bfloat16", vocab_size=512, hidden_size=4096, bytes_per_token=65536, max_batch_size=4,
+    max_sequence_tokens=4096, rows_per_request=2048, tokens_per_block=32, ranks=2,
 )  # fmt: skip
 IMAGE = "serve on the kind of GPU and with the image that the engine was built for"
 
@@ -19,7 +24,7 @@ IMAGE = "serve on the kind of GPU and with the image that the engine was built f
 @pytest.mark.parametrize(("cache_tokens", "tells_logits"), [(None, False), (8192, True)])
 def test_the_executor_is_told_the_engines_limits_and_ours(cache_tokens, tells_logits):
     made = loading._executor_config(
-        executor, LIMITS, cache_tokens=cache_tokens, tells_logits=tells_logits
+        executor, LIMITS, BUILT, cache_tokens=cache_tokens, tells_logits=tells_logits
     )
     assert (made.max_batch_size, made.max_num_tokens, made.max_beam_width) == (4, 512, 1)
     assert made.gather_generation_logits is tells_logits
@@ -32,7 +37,20 @@ def test_the_executor_is_told_the_engines_limits_and_ours(cache_tokens, tells_lo
     assert policy is executor.CapacitySchedulerPolicy.MAX_UTILIZATION
     cache = made.kv_cache_config
     assert (cache.enable_block_reuse, cache.enable_partial_reuse) == (True, False)
-    assert (cache.max_tokens, cache.free_gpu_memory_fraction) == (cache_tokens, 0.9)
+    assert cache.max_tokens == cache_tokens
+    # A picture's token has a row of 8 KiB beside its 64 KiB of keys and values.
+    assert cache.free_gpu_memory_fraction == pytest.approx(0.9 * 64 / 72)
+
+
+def test_a_cache_for_less_than_a_request_is_refused_by_its_setting():
+    assert loading._cache_tokens(4096 * 65536, BUILT) == 4096
+    with pytest.raises(errors.StageError) as caught:
+        loading._cache_tokens(1000, BUILT)
+    assert caught.value.reason is errors.Reason.OUT_OF_GPU_MEMORY
+    assert caught.value.message == (
+        "the key/value cache may have 1000 bytes, one request of 4096 tokens needs 268435456"
+    )
+    assert "INTERNVL_RUNTIME_KV_CACHE_BYTES" in caught.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,11 @@ class Built:
     ranks: int
 
     @property
+    def row_bytes(self) -> int:
+        """Of a token's row in a prompt table."""
+        return self.hidden_size * _ITEM_BYTES[self.dtype]
+
+    @property
     def max_input_tokens(self) -> int:
         """Of a prompt that is computed in chunks, and has room for one token of an answer."""
         return self.max_sequence_tokens - 1

@@ -2,7 +2,7 @@
 
 One thread calls everything here. The executor batches in flight by itself; a step
 waits for what its requests got since the last one. The vision engine runs in a
-thread beside, so that no token waits for a picture.
+thread beside, so that no token waits for the tower.
 """
 
 import dataclasses
@@ -90,6 +90,12 @@ class Engine:
         self._answers: dict[str, _Answer] = {}
         self._names: dict[int, str] = {}
         """Requests by the executor's ids."""
+        self._unread: dict[int, Any] = {}
+        """The executor's requests with pictures, by their ids, until their first response.
+
+        It copies the pinned table on a stream that torch knows nothing of: let go before, its
+        memory would be the next table's while it is still read.
+        """
         self._failed: list[interface.Step] = []
         self._encoder = futures.ThreadPoolExecutor(1, thread_name_prefix="vision")
         self._encoding: futures.Future[dict[str, torch.Tensor]] | None = None
@@ -99,8 +105,7 @@ class Engine:
         self._counts = counts.Counts(clock())
         self._heard = self._encoding_began = clock()
         """When the executor has told something."""
-        dtype_bytes = getattr(torch, built.dtype).itemsize
-        self._bytes_per_tile = config.TOKENS_PER_TILE * built.hidden_size * dtype_bytes
+        self._bytes_per_tile = config.TOKENS_PER_TILE * built.row_bytes
 
     @property
     def blocks(self) -> int:
@@ -118,7 +123,7 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         """Whether another step would do something without anything new."""
-        return bool(self._answers or self._failed or self._encoding)
+        return bool(self._answers or self._unread or self._failed or self._encoding)
 
     @property
     def has_work(self) -> bool:
@@ -251,6 +256,8 @@ class Engine:
         if not self._answers:
             self._heard = now
         self._names[number] = request.request_id
+        if request.content_hashes:
+            self._unread[number] = created
         self._answers[request.request_id] = _Answer(request, now - waiting.arrived)
 
     def _begin_encoding(self) -> None:
@@ -304,11 +311,12 @@ class Engine:
             self.pictures.put_features(name, features, needed=needed)
 
     def _await_responses(self) -> list[interface.Step]:
-        if not self._answers:
+        if not (self._answers or self._unread):
             return []
         steps = []
         for response in self._executor.await_responses(timeout=_WAIT):
             self._heard = self._clock()
+            self._unread.pop(response.request_id, None)
             name = self._names.get(response.request_id)
             if name is not None:
                 steps.append(self._step_of(name, response))

@@ -18,7 +18,7 @@ _WAITING_TILES = 512
 """Tiles that may wait for the tower: 294 MiB."""
 _FREE_MEMORY_SHARE = 0.9
 """Of the memory that is free once both engines and their buffers are there: the executor's own
-default."""
+default. Keys and values have it, and the rows of the pictures among their tokens."""
 _SHORT_OF_MEMORY = ("out of memory", "attention window", "kv cache")
 """In what the executor raises."""
 _OF_RANKS = "nccl"
@@ -93,19 +93,39 @@ def _create_executor(
     config = _executor_config(
         module,
         limits,
-        cache_tokens=kv_cache_bytes // built.bytes_per_token or None,
+        built,
+        cache_tokens=_cache_tokens(kv_cache_bytes, built) if kv_cache_bytes else None,
         tells_logits=tells_logits,
     )
     return module, _create(module, folder / builts.LANGUAGE_FOLDER, config)
 
 
+def _cache_tokens(kv_cache_bytes: int, built: builts.Built) -> int:
+    """Return the tokens that a cache of so many bytes holds on each rank."""
+    tokens = kv_cache_bytes // built.bytes_per_token
+    if tokens < built.max_sequence_tokens:
+        raise errors.StageError(
+            errors.Reason.OUT_OF_GPU_MEMORY,
+            f"the key/value cache may have {kv_cache_bytes} bytes, one request of "
+            f"{built.max_sequence_tokens} tokens needs "
+            f"{built.max_sequence_tokens * built.bytes_per_token}",
+            remedy="raise INTERNVL_RUNTIME_KV_CACHE_BYTES, leave it out for all that is free, or "
+            "build the engine with a smaller maxSequenceTokens",
+        )
+    return tokens
+
+
 def _executor_config(
     module: Any,
     limits: interface.EngineLimits,
+    built: builts.Built,
     *,
     cache_tokens: int | None,
     tells_logits: bool,
 ) -> Any:
+    # The executor copies the table of a request to every rank's GPU, where it stays beside the
+    # request's keys and values.
+    of_the_cache = built.bytes_per_token / (built.bytes_per_token + built.row_bytes)
     return module.ExecutorConfig(
         max_batch_size=limits.max_batch_size,
         max_num_tokens=limits.max_batched_tokens,
@@ -123,7 +143,7 @@ def _executor_config(
             # What is told of reused tokens counts whole blocks.
             enable_partial_reuse=False,
             max_tokens=cache_tokens,
-            free_gpu_memory_fraction=_FREE_MEMORY_SHARE,
+            free_gpu_memory_fraction=_FREE_MEMORY_SHARE * of_the_cache,
         ),
         # Else it would serve shorter sequences, with a warning.
         fail_fast_on_attention_window_too_large=True,

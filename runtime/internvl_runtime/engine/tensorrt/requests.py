@@ -113,13 +113,17 @@ def _table(
 ) -> torch.Tensor:
     """Return all rows [tokens, hidden] in the engine's dtype, on the host.
 
-    There the leader can send them to the other ranks.
+    There the leader can send them to the other ranks; its GPU takes them from pinned memory.
     """
     parts = [
         features[request.content_hashes[placement.index]] for placement in request.prompt.placements
     ]
-    table = torch.cat(parts).to(getattr(torch, dtype)).cpu().contiguous()
-    return table.pin_memory() if torch.cuda.is_available() else table
+    table = torch.empty(
+        (sum(map(len, parts)), parts[0].shape[1]),
+        dtype=getattr(torch, dtype),
+        pin_memory=torch.cuda.is_available(),
+    )
+    return torch.cat(parts, out=table)
 
 
 def extra_ids(request: stepping.Submitted, length: int) -> list[int]:
