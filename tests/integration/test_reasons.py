@@ -112,6 +112,14 @@ def test_a_wrong_flag(checkpoint, tmp_path):
     assert "maxBatch" in ended["message"]
 
 
+def test_limits_that_the_recorded_prompts_are_beyond(checkpoint, tmp_path):
+    flags = json.dumps(runtime_process.FLAGS | {"maxSequenceTokens": 300, "maxInputTokens": 299})
+    ended = end_of(tmp_path, "build", "--checkpoint", checkpoint.name, "--flags", flags)
+    assert ended["reason"] == "InvalidSpec"
+    assert "the image prompt that every engine is verified with has" in ended["message"]
+    assert "maxSequenceTokens to 1024" in ended["remedy"]
+
+
 def test_a_builder_without_the_gpu(checkpoint, tmp_path):
     ended = end_of(tmp_path, *build(checkpoint, "--architecture", "sm_90"))
     assert ended["reason"] == "UnsupportedGPU"

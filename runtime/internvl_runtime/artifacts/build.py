@@ -13,7 +13,7 @@ from internvl_runtime import errors
 from internvl_runtime.artifacts import checkpoint as checkpoints
 from internvl_runtime.artifacts import journal, progress, source
 from internvl_runtime.engine import device, folder, interface
-from internvl_runtime.model import config
+from internvl_runtime.model import config, tokenizer
 from internvl_runtime.store import cache as caches
 from internvl_runtime.store import keys
 
@@ -49,6 +49,8 @@ class EngineSpec:
 def build(spec: EngineSpec, *, cache: caches.Cache, stage: progress.Progress) -> caches.Published:
     """Publish the engine; raises StageError when it can not be built here or answers nonsense."""
     check_environment(spec)
+    from internvl_runtime.engine import verification
+
     inputs = spec.inputs()
     key = keys.key_of(keys.Kind.ENGINES, inputs)
     with cache.workspace(keys.Kind.ENGINES, key) as workspace:
@@ -64,6 +66,8 @@ def build(spec: EngineSpec, *, cache: caches.Cache, stage: progress.Progress) ->
             ranks=checkpoint.manifest.inputs["tensorParallelSize"],
         )
         model = config.read_model_config(checkpoint.path / folder.MODEL_FOLDER)
+        tokens = tokenizer.load_tokenizer(checkpoint.path / folder.MODEL_FOLDER, model)
+        verification.check_limits(spec.limits, model, tokens)
         checkpoints.check(checkpoint.path, model, checkpoint.manifest.inputs)
         with caches.naming_a_full_disk(cache.root):
             shutil.copytree(

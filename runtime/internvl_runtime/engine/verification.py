@@ -68,6 +68,23 @@ DRAWN = {"verification": _draw()}
 """The picture's tiles [3, 448, 448, 3] by its content hash."""
 
 
+def check_limits(
+    limits: interface.EngineLimits, model: config.ModelConfig, tokens: tokenizer.Tokenizer
+) -> None:
+    """Raise StageError where an engine of such limits could not answer the prompts."""
+    for request in requests(model, tokens):
+        length = len(request.prompt.token_ids)
+        room = min(limits.max_input_tokens, limits.max_sequence_tokens - _TOKENS)
+        if length > room:
+            raise errors.StageError(
+                errors.Reason.INVALID_SPEC,
+                f"the {request.request_id} prompt that every engine is verified with has {length} "
+                f"tokens, this one would take {room}",
+                remedy="raise spec.engine.maxSequenceTokens to 1024 or more, and maxInputTokens "
+                "to 1000 or more where it is set",
+            )
+
+
 def answer(
     engine: stepping.Engine, model: config.ModelConfig, tokens: tokenizer.Tokenizer
 ) -> list[Answered]:

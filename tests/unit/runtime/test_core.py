@@ -106,6 +106,16 @@ def tiles_of(count):
     return np.broadcast_to(np.uint8(0), (count, 448, 448, 3))
 
 
+def test_a_prompt_beyond_the_sequence_is_refused_and_does_not_wait_for_room():
+    setting = Setting()
+    setting.submit("r", {"a": 120})
+    (step,) = setting.engine.step()
+    assert str(step.error) == (
+        "30722 prompt tokens and an answer, the engine was built for 30000: shorten the prompt"
+    )
+    assert not setting.engine.has_work
+
+
 def test_a_picture_is_asked_for_again_when_its_first_asker_is_gone():
     setting = Setting()
     setting.submit("first", {"p": 1})

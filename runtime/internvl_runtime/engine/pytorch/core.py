@@ -141,6 +141,13 @@ class Engine:
     def _submit(self, request: stepping.Submitted) -> None:
         token_ids = request.prompt.token_ids
         room = self._max_sequence_tokens - len(token_ids)
+        if room < 1:
+            raise errors.RequestError(
+                f"{len(token_ids)} prompt tokens and an answer, the engine was built for "
+                f"{self._max_sequence_tokens}: shorten the prompt",
+                parameter="messages",
+                code="context_length_exceeded",
+            )
         max_tokens = min(request.sampling.max_tokens, room)
         capacity = self.scheduler.pool.count
         if block_pool.blocks_for(len(token_ids) + max_tokens) > capacity:
