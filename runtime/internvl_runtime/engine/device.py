@@ -3,10 +3,13 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
+import os
 import platform
 import shutil
 from typing import Any
 
+from internvl_runtime import errors
 from internvl_runtime.engine import mpi
 
 _MACHINES = {"x86_64": "x86_64", "aarch64": "arm64"}
@@ -36,10 +39,14 @@ class Gpu:
     cuda_major: int
     """Of the newest CUDA that the driver serves."""
     count: int
+    """Those that CUDA shows to this process."""
 
 
 def read_gpu() -> Gpu | None:
-    """Ask the driver, without torch and without a CUDA context; None where there is no GPU."""
+    """Ask the driver, without torch and without a CUDA context; None where there is no GPU.
+
+    Raises StageError where the driver can not tell of one that is there.
+    """
     import pynvml
 
     try:
@@ -48,19 +55,46 @@ def read_gpu() -> Gpu | None:
         return None
     with contextlib.ExitStack() as stack:
         stack.callback(pynvml.nvmlShutdown)
-        count = pynvml.nvmlDeviceGetCount()
-        if not count:
-            return None
-        first = pynvml.nvmlDeviceGetHandleByIndex(0)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(first)
-        return Gpu(
-            product=pynvml.nvmlDeviceGetName(first),
-            architecture=f"sm_{major}{minor}",
-            memory=pynvml.nvmlDeviceGetMemoryInfo(first).total,
-            driver=pynvml.nvmlSystemGetDriverVersion(),
-            cuda_major=pynvml.nvmlSystemGetCudaDriverVersion() // 1000,
-            count=count,
-        )
+        try:
+            return _describe_gpus(pynvml)
+        except pynvml.NVMLError as e:
+            raise errors.StageError(
+                errors.Reason.UNSUPPORTED_GPU,
+                f"the node's driver does not tell of its GPU: {e}",
+                remedy="run nvidia-smi on the node: a GPU that is lost there wants a restart",
+            ) from e
+
+
+def _describe_gpus(pynvml: Any) -> Gpu | None:
+    count = _count_visible(pynvml.nvmlDeviceGetCount(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not count:
+        return None
+    first = pynvml.nvmlDeviceGetHandleByIndex(0)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(first)
+    return Gpu(
+        product=pynvml.nvmlDeviceGetName(first),
+        architecture=f"sm_{major}{minor}",
+        memory=pynvml.nvmlDeviceGetMemoryInfo(first).total,
+        driver=pynvml.nvmlSystemGetDriverVersion(),
+        cuda_major=pynvml.nvmlSystemGetCudaDriverVersion() // 1000,
+        count=count,
+    )
+
+
+def _count_visible(count: int, named: str | None) -> int:
+    """Return how many of so many GPUs CUDA shows: those that its variable names.
+
+    By numbers or UUIDs, up to the first that there is not (CUDA C++ Programming Guide,
+    Environment Variables).
+    """
+    if named is None:
+        return count
+    each = (name.strip() for name in named.split(","))
+    shown = itertools.takewhile(
+        lambda name: int(name) < count if name.isdecimal() else name.startswith(("GPU-", "MIG-")),
+        each,
+    )
+    return min(count, sum(1 for _ in shown))
 
 
 def gpu_count() -> int:

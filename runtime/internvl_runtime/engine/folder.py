@@ -61,6 +61,11 @@ class EngineFolder:
     model: config.ModelConfig
 
     @property
+    def speaks_mpi(self) -> bool:
+        """Return whether its processes are those of an MPI job, TensorRT's single one, too."""
+        return self.ranks > 1 or self.checkpoint is None
+
+    @property
     def kernels(self) -> Path | None:
         """Return where the engine's compiled modules are, None where it has none."""
         folder = self.path / KERNELS_FOLDER
@@ -124,7 +129,8 @@ def check_machine(*, architecture: str, backend: str, ranks: int) -> None:
     if gpu.count < ranks:
         raise errors.EngineIncompatibleError(
             f"the engine is for {ranks} GPUs, this pod has {gpu.count}",
-            remedy="give the pod as many GPUs as spec.engine.tensorParallelSize says",
+            remedy="give the pod as many GPUs as spec.engine.tensorParallelSize says, and leave "
+            "CUDA_VISIBLE_DEVICES out",
         )
     if ranks > 1 and device.shared_memory() < _SHARED_MEMORY_BYTES:
         raise errors.EngineIncompatibleError(

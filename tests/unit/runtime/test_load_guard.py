@@ -1,8 +1,10 @@
 """What an engine of several ranks wants of a machine, before anything is loaded."""
 
+import sys
 import types
 
 import pytest
+from internvl_doubles import nvml
 from internvl_runtime import errors
 from internvl_runtime.engine import device, folder
 
@@ -43,6 +45,42 @@ def test_a_machine_that_does_not_fit_is_told(machine, changed, words):
     with pytest.raises(errors.EngineIncompatibleError, match=words) as caught:
         folder.check_machine(**engine())
     assert caught.value.remedy
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    monkeypatch.setenv("FAKE_GPUS", "4")
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+
+
+@pytest.mark.parametrize(
+    ("named", "count"),
+    [
+        (None, 4), ("0,1", 2), ("3", 1), ("0, 1, 2, 3", 4), ("0,7,1", 1), ("2,-1,3", 1),
+        ("GPU-8932f937-d72c,GPU-c2dd1234-0000,MIG-1", 3),
+    ],
+)  # fmt: skip
+def test_gpus_are_those_that_cuda_shows(four_gpus, monkeypatch, named, count):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert device.read_gpu().count == count
+
+
+@pytest.mark.parametrize("named", ["", "-1", "NoDevFiles"])
+def test_a_process_that_is_shown_no_gpu_has_none(four_gpus, monkeypatch, named):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert device.read_gpu() is None
+
+
+def test_a_gpu_that_is_lost_is_told(four_gpus, monkeypatch):
+    def fail(_):
+        raise nvml.NVMLError("GPU is lost")
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByIndex", fail)
+    with pytest.raises(errors.StageError, match="does not tell of its GPU: GPU is lost") as caught:
+        device.read_gpu()
+    assert caught.value.reason is errors.Reason.UNSUPPORTED_GPU
 
 
 @pytest.mark.parametrize(("version", "wanted"), [("2.11.0+cu130", 13), ("2.11.0+cpu", None)])
