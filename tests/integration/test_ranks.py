@@ -1,8 +1,11 @@
 """Engines of several ranks under real mpirun: the same answers, and one end for all."""
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -104,8 +107,20 @@ def test_a_rank_that_hangs_at_start_is_given_up(two_ranks, tmp_path):
     assert said["reason"] == "RankFailed"
     assert said["message"] == "the engine worker was not ready within 6 s"
     assert "NCCL_DEBUG=INFO" in said["remedy"]
-    assert rank_processes.of(two_ranks) == {}
-    assert rank_processes.left_behind() == before
+    served_ranks.check_nothing_left(two_ranks, before)
+
+
+def test_a_rank_that_ends_within_a_build_is_named(qwen_checkpoint, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        building = thread.submit(
+            runtime_process.build_engine, qwen_checkpoint, cache=tmp_path, ranks=2
+        )
+        killed = rank_processes.wait_for(tmp_path, 1, program=rank_processes.BUILDER)
+        os.kill(killed, signal.SIGKILL)
+        with pytest.raises(AssertionError) as failed:
+            building.result()
+    assert "build: rank 1 of 2 ended while answering: signal 9 (Killed)" in str(failed.value)
+    assert rank_processes.of(tmp_path, rank_processes.BUILDER) == {}
 
 
 def test_a_machine_with_too_few_gpus_builds_nothing(two_tensorrt_ranks, monkeypatch):
@@ -136,17 +151,32 @@ def test_a_machine_that_does_not_fit_is_told_within_seconds(
     assert words in told["message"]
 
 
-def test_a_rank_that_can_not_load_is_named(two_tensorrt_ranks, tmp_path):
-    own = two_tensorrt_ranks / "language" / "rank1.engine"
-    whole = own.read_bytes()
+@contextlib.contextmanager
+def damaged(path, first):
+    """Let a file begin with other bytes, and be whole again at the end."""
+    whole = path.read_bytes()
+    path.chmod(0o644)
     try:
-        own.chmod(0o644)
-        own.write_bytes(bytes(8) + whole[8:])
-        code, told = end_of_start(two_tensorrt_ranks, tmp_path / "told", seconds=60)
+        path.write_bytes(first + whole[len(first) :])
+        yield
     finally:
-        own.write_bytes(whole)
+        path.write_bytes(whole)
+
+
+def test_a_rank_that_can_not_load_is_named(two_tensorrt_ranks, tmp_path):
+    with damaged(two_tensorrt_ranks / "language" / "rank1.engine", bytes(8)):
+        code, told = end_of_start(two_tensorrt_ranks, tmp_path / "told", seconds=60)
     assert code == 81
     assert told["message"].startswith("rank 1 of 2: TensorRT-LLM does not load the engine")
+
+
+def test_what_a_rank_says_at_its_end_is_told(two_ranks, tmp_path):
+    (own,) = two_ranks.parents[1].glob("checkpoints/*/rank1.safetensors")
+    with damaged(own, 8 * b"\xff"):
+        code, told = end_of_start(two_ranks, tmp_path / "told", seconds=60)
+    assert (code, told["reason"]) == (1, "RankFailed")
+    said = r"rank 1 of 2 ended while loading: exit code: \d+: SafetensorError: .*header.*"
+    assert re.fullmatch(said, told["message"])
 
 
 def end_of_start(engine, told, *, seconds):

@@ -7,15 +7,17 @@ import time
 from pathlib import Path
 
 MPIRUN = "mpirun"
+WORKER, BUILDER = b"engine.worker", b"artifacts.answering"
+"""What the ranks of a server run, and those of a build."""
 
 
-def of(engine):
+def of(engine, program=WORKER):
     """Return process ids by rank, and mpirun's; those that have ended are none."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             command = (folder / "cmdline").read_bytes()
-            if str(engine).encode() not in command or b"engine.worker" not in command:
+            if str(engine).encode() not in command or program not in command:
                 continue
             environment = (folder / "environ").read_bytes().split(b"\0")
             ranks = [each for each in environment if each.startswith(b"OMPI_COMM_WORLD_RANK=")]
@@ -24,11 +26,11 @@ def of(engine):
     return found
 
 
-def wait_for(engine, name, *, seconds=60):
+def wait_for(engine, name, *, program=WORKER, seconds=60):
     """Return the process id of a rank, or of mpirun, once it is there."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if name in (found := of(engine)):
+        if name in (found := of(engine, program)):
             return found[name]
         time.sleep(0.02)
     raise AssertionError(f"{name} did not start")

@@ -101,9 +101,15 @@ def kill_at(phase, name, engine, *, told, seed=0):
         if phase in {"prefill", "decode", "drain"}:
             ends = [future.result() for future in asked]
             assert "whole" not in ends, "the answers were over before"
-    assert rank_processes.of(engine) == {}
-    assert rank_processes.left_behind() == before
+    check_nothing_left(engine, before)
     return code, json.loads(told.read_text()), took
+
+
+def check_nothing_left(engine, before):
+    """Nothing runs any more, and there are no files but those of before."""
+    running, left = rank_processes.of(engine), rank_processes.left_behind() - before
+    assert not running, running
+    assert not left, left
 
 
 def end_of_stream(url, body):
@@ -142,5 +148,4 @@ def check_sigterm(engine, seed=0, *, tokens=60):
         server.process.send_signal(signal.SIGTERM)
         assert [len(future.result()) for future in asked] == [tokens] * 8
         assert server.process.wait(timeout=60) == 0
-    assert rank_processes.of(engine) == {}
-    assert rank_processes.left_behind() == before
+    check_nothing_left(engine, before)

@@ -1,12 +1,14 @@
 """Answers the recorded prompts with a built engine, in as many processes as it has ranks."""
 
 import argparse
+import collections
 import dataclasses
 import gc
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,8 @@ _PICTURE_BYTES = 512 * 2**20
 """Of features."""
 _SECONDS = 3600.0
 """How long ranks may take to load and to answer: one that hangs says nothing."""
+_LAST_LINES = 100
+"""Of the ranks' log: mpirun's notice is at its end."""
 _ANSWERS = "answers.safetensors"
 _FAILURE = "-failure.json"
 _Told = dict[str, tuple[list[int], list[interface.TokenLogProbabilities]]]
@@ -47,7 +51,7 @@ def answer(path: Path, inputs: Mapping[str, Any], cache: caches.Cache) -> Answer
     Raises StageError where a rank can not load it, or it answers nonsense.
     """
     opened = folder.describe(path, inputs, cache)
-    if opened.ranks == 1:
+    if not opened.speaks_mpi:
         return _answer(opened, loading.ALONE)
     program = [
         sys.executable, "-m", __name__, f"--folder={opened.path}", f"--cache-root={cache.root}",
@@ -61,23 +65,49 @@ def answer(path: Path, inputs: Mapping[str, Any], cache: caches.Cache) -> Answer
 def _run_ranks(
     program: Sequence[str], ranks: int, environment: Mapping[str, str], meeting: Path
 ) -> None:
-    try:
-        done = subprocess.run(  # noqa: S603 - our own program
-            mpi.command(ranks, program),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr,
-            check=False,
-            timeout=_SECONDS,
-            preexec_fn=mpi.die_with_parent,
-        )
-    except subprocess.TimeoutExpired as e:
-        raise mpi.failure(f"the engine's ranks have not answered within {_SECONDS:g} s") from e
+    with subprocess.Popen(  # noqa: S603 - our own program
+        mpi.command(ranks, program),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=mpi.die_with_parent,  # noqa: PLW1509 - no thread of ours holds a lock
+    ) as process:
+        said = _pass_on(process)
     for failure in sorted(meeting.glob(f"*{_FAILURE}")):
         raw = json.loads(failure.read_text(encoding="utf-8"))
         raise errors.StageError(errors.Reason(raw["reason"]), raw["message"], remedy=raw["remedy"])
-    if done.returncode:
-        raise mpi.failure(f"the engine's ranks ended with code {done.returncode} while answering")
+    if process.returncode:
+        told = mpi.describe_end(said, process.returncode, ranks=ranks, doing="answering")
+        raise mpi.failure(told)
+
+
+def _pass_on(process: subprocess.Popen[str]) -> str:
+    """Write what ranks and mpirun say into our log until they end; return the last of it."""
+    last: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
+    is_late = threading.Event()
+
+    def give_up() -> None:
+        is_late.set()
+        process.kill()
+
+    watch = threading.Timer(_SECONDS, give_up)
+    watch.start()
+    try:
+        for line in process.stdout or ():
+            sys.stderr.write(line)
+            last.append(line)
+        process.wait()
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        watch.cancel()
+    if is_late.is_set():
+        raise mpi.failure(f"the engine's ranks have not answered within {_SECONDS:g} s")
+    return "".join(last)
 
 
 def _answer(opened: folder.EngineFolder, seat: loading.Seat) -> Answers:

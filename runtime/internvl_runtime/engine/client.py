@@ -68,7 +68,7 @@ class WorkerEngine:
         self._running: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loading = asyncio.Semaphore(options.loading_threads)
-        self._processes = processes.Processes(engine.ranks)
+        self._processes = processes.Processes(engine.ranks, speak_mpi=engine.speaks_mpi)
         self._writer: asyncio.StreamWriter | None = None
         self._tiles: sockets.socket | None = None
         self._heard = 0.0
@@ -116,11 +116,12 @@ class WorkerEngine:
         return interface.EngineStatistics(len(self._running))
 
     async def stop(self) -> None:
-        """Ask the worker to end, and end it when it does not."""
+        """Ask the worker to end, and end it when it does not; one that loads hears nothing."""
+        seconds = _STOP_SECONDS if self._tiles else 0
         self._ready = False
         with contextlib.suppress(ConnectionError):
             self._send(channel.Stop())
-        await self._processes.stop(seconds=_STOP_SECONDS)
+        await self._processes.stop(seconds=seconds)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -153,7 +154,8 @@ class WorkerEngine:
             raise await asyncio.shield(self.gone) from None
         match message:
             case channel.Failed(reason, text, remedy):
-                raise errors.StageError(errors.Reason(reason), text, remedy=remedy)
+                told = self._processes.name(0, text)
+                raise errors.StageError(errors.Reason(reason), told, remedy=remedy)
             case channel.Ready(channel.VERSION, blocks):
                 self.blocks = blocks
             case _:

@@ -1,6 +1,8 @@
 """Loads an engine of either backend, as rank 0 or as one behind it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +42,26 @@ def take_seat(meeting: Path, *, threads: int = 0) -> Seat:
     return Seat(rank, size, meeting)
 
 
+@contextlib.contextmanager
+def _naming_short_memory() -> Iterator[None]:
+    """Say what a GPU without room means, also where other ranks wait for the step that failed."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, errors.RankFailedError) as e:
+        cause = e.__cause__ if isinstance(e, errors.RankFailedError) else e
+        if not isinstance(cause, torch.OutOfMemoryError):
+            raise
+        raise errors.StageError(
+            errors.Reason.OUT_OF_GPU_MEMORY,
+            f"the engine does not fit into the GPU: {mpi.describe(cause)}",
+            remedy="see that nothing else runs on the GPU; else build the engine with a smaller "
+            "maxBatchedTokens or maxBatchSize, raise tensorParallelSize, or use a larger GPU",
+        ) from e
+
+
+@_naming_short_memory()
 def load(
     opened: folder.EngineFolder,
     *,
@@ -78,6 +100,7 @@ def load(
     )
 
 
+@_naming_short_memory()
 def follow(
     opened: folder.EngineFolder, *, options: Options, seat: Seat, tells_logits: bool = False
 ) -> None:

@@ -26,6 +26,8 @@ _PROGRAM = "mpirun"
 _PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
 _LOST_SECONDS = 10.0
+_MOST_WORDS = 500
+"""Characters of an error that nobody has foreseen."""
 _OF_A_JOB = re.compile(
     r"OMPI_(APP_CTX|ARGV|COMM_WORLD|COMMAND|FILE_LOCATION|FIRST_RANKS|NUM_APP_CTX|UNIVERSE)"
     r"|OMPI_MCA_(ess|orte)|PMI_|PMIX_(BFROP|GDS_MODULE|HOSTNAME|ID|NAMESPACE|PTL|RANK|SECURITY"
@@ -39,6 +41,8 @@ _SETTINGS = {
     "OMPI_MCA_btl_vader_single_copy_mechanism": "none",
     "OMPI_MCA_btl_sm_single_copy_mechanism": "none",
     "PMIX_MCA_gds": "hash",
+    # One rank alone, which TensorRT-LLM makes an MPI process, too, needs no daemon (Open MPI 4).
+    "OMPI_MCA_ess_singleton_isolated": "1",
     # Addresses of other machines are of no use, and a pod's name may have none.
     "GLOO_SOCKET_IFNAME": "lo",
 }
@@ -56,6 +60,10 @@ _CULPRIT = re.compile(
     r"|MPI_ABORT was invoked on rank (?P<aborted>\d+)"
 )
 """Of Open MPI 4 and 5, with every run of white space as one space."""
+
+
+_LAST_WORDS = re.compile(r"\brank (\d+): (.+)")
+"""How a rank says why it ends, in a line of its log."""
 
 
 class Notice(NamedTuple):
@@ -117,16 +125,29 @@ def meeting(base: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, str]]]:
     """Lend ranks a folder to meet in, and their environment.
 
     What the user has set of their settings stays. What a killed mpirun can not remove lies in
-    this folder and in one in shared memory, which go at the end.
+    this folder and in one in shared memory, which go at the end. Raises StageError where there
+    is no place for them.
     """
-    with _create_folder() as folder, _create_folder(below=SHARED_MEMORY) as segments:
+    with create_folder() as folder, create_folder(below=SHARED_MEMORY) as segments:
         # Open MPI 5 does not start without HOME.
         own = {"HOME": folder, **dict.fromkeys(_SEGMENT_FOLDERS, segments)}
         yield Path(folder), {**_SETTINGS, **own, **environment(base), "TMPDIR": folder}
 
 
-def _create_folder(below: Path | None = None) -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="internvl-", dir=below, ignore_cleanup_errors=True)
+def create_folder(below: Path | None = None) -> tempfile.TemporaryDirectory[str]:
+    """Return a folder that goes at the end. Raises StageError where it can not be made."""
+    try:
+        return tempfile.TemporaryDirectory(
+            prefix="internvl-", dir=below, ignore_cleanup_errors=True
+        )
+    except OSError as e:
+        raise errors.StageError(
+            errors.Reason.CRASH_LOOP,
+            f"the engine's processes can have no folder below {below or tempfile.gettempdir()}: "
+            f"{e.strerror}",
+            remedy="mount an emptyDir there that this user may write to (medium Memory for "
+            f"{SHARED_MEMORY}), or name another folder in TMPDIR",
+        ) from e
 
 
 def failure(message: str) -> errors.StageError:
@@ -139,6 +160,11 @@ def failure(message: str) -> errors.StageError:
     )
 
 
+def describe(error: Exception) -> str:
+    """Return the words of an error that nobody has foreseen, in a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:_MOST_WORDS]
+
+
 def last_notice(said: str) -> Notice | None:
     """Return what names a rank last in the log of mpirun and its ranks, else the last notice."""
     for found in reversed(list(_CULPRIT.finditer(" ".join(said.split())))):
@@ -149,6 +175,17 @@ def last_notice(said: str) -> Notice | None:
         return Notice(int(found["aborted"]), "MPI_ABORT")
     notices = _NOTICE.findall(said)
     return Notice(None, " ".join(notices[-1].split())) if notices else None
+
+
+def describe_end(said: str, code: int | None, *, ranks: int, doing: str) -> str:
+    """Return which rank has ended and its last words, or what else mpirun has said."""
+    notice = last_notice(said)
+    if notice is None or notice.rank is None:
+        how = notice.how if notice else f"mpirun ended with code {code}"
+        return f"the engine's ranks ended while {doing}: {how}"
+    words = [text for rank, text in _LAST_WORDS.findall(said) if int(rank) == notice.rank]
+    told = [f"rank {notice.rank} of {ranks} ended while {doing}", notice.how, *words[-1:]]
+    return ": ".join(told)
 
 
 def leave(environment: MutableMapping[str, str]) -> None:
@@ -167,17 +204,22 @@ def end_with(main: Callable[[], int]) -> NoReturn:
 
     One that fails leaves at once: MPI's own end waits for the other ranks, which wait for this one.
     """
-    code = 1
+    code, rank = 1, place(os.environ).rank
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s %(levelname)s %(name)s [rank {rank}] %(message)s",
+    )
     try:
         code = main()
     except errors.RankLostError as e:
-        logger.error("rank %d: %s", place(os.environ).rank, e)
+        logger.error("rank %d: %s", rank, e)
         # mpirun ends this one, and says which has ended by itself.
         time.sleep(_LOST_SECONDS)
     except errors.RuntimeBaseError as e:
-        logger.error("rank %d: %s", place(os.environ).rank, e)
-    except Exception:
-        logger.exception("rank %d failed", place(os.environ).rank)
+        logger.error("rank %d: %s", rank, e)
+    except Exception as e:
+        logger.exception("this rank has failed")
+        logger.error("rank %d: %s", rank, describe(e))
     if code:
         logging.shutdown()
         sys.stderr.flush()

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +23,8 @@ _KILL_SECONDS = 3.0
 """How long mpirun may take to end its ranks."""
 _NOTICE_SECONDS = 6.0
 """How long mpirun may take to say which rank has ended, once one has."""
+_MOST_SOCKET_PATH = 107
+"""Bytes, by unix(7)."""
 _LAST_BYTES = 8192
 """Of the log: mpirun's notice is at its end."""
 
@@ -34,7 +35,8 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class Processes:
     """Starts the worker and tells when one of its processes has ended unasked."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, *, speak_mpi: bool) -> None:
+        """Raise StageError where there is no place for their sockets."""
         loop = asyncio.get_running_loop()
         self.failed: asyncio.Future[errors.StageError] = loop.create_future()
         """Why, once there is no worker any more."""
@@ -46,10 +48,16 @@ class Processes:
         self._process: asyncio.subprocess.Process | None = None
         self._said = b""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._folders = contextlib.ExitStack()
-        folder, self._environment = self._create_folder()
-        self.socket = folder / "engine.sock"
-        """Where the ranks meet, and the server."""
+        with contextlib.ExitStack() as folders:
+            folder, self._environment = _create_folder(folders, speak_mpi=speak_mpi)
+            self.socket = folder / "engine.sock"
+            """Where the ranks meet, and the server."""
+            _check_length(channel.tiles_path(self.socket))
+            self._folders = folders.pop_all()
+
+    def name(self, rank: int, message: str) -> str:
+        """Return a rank's words as those of this one among several."""
+        return f"rank {rank} of {self._ranks}: {message}" if self._ranks > 1 else message
 
     async def start(self, arguments: Sequence[str]) -> Streams:
         """Start the worker; returns rank 0's connection, once it is there."""
@@ -114,13 +122,6 @@ class Processes:
         )
         self._begin(self._watch(self._process), "engine-process")
 
-    def _create_folder(self) -> tuple[Path, dict[str, str]]:
-        """Return where the worker and the server meet, and the worker's environment."""
-        if self._ranks > 1:
-            return self._folders.enter_context(mpi.meeting(os.environ))
-        folder = self._folders.enter_context(tempfile.TemporaryDirectory(prefix="internvl-"))
-        return Path(folder), mpi.environment(os.environ)
-
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take a rank's connection."""
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -137,7 +138,7 @@ class Processes:
         try:
             match await channel.read_to_server(reader):
                 case channel.Failed(reason, message, remedy):
-                    told = f"rank {rank} of {self._ranks}: {message}"
+                    told = self.name(rank, message)
                     self._fail(errors.StageError(errors.Reason(reason), told, remedy=remedy))
         except (asyncio.IncompleteReadError, ConnectionError):
             self.lose()
@@ -158,18 +159,13 @@ class Processes:
                 self._said = (self._said + said)[-_LAST_BYTES:]
         await process.wait()
         if self._ranks > 1:
-            self.fail(self._say(process.returncode))
+            last = self._said.decode(errors="replace")
+            self.fail(
+                mpi.describe_end(last, process.returncode, ranks=self._ranks, doing=self._doing)
+            )
         elif not self._leader.done():
             # What it says last is read to the end of its connection, where there is one.
             self.lose()
-
-    def _say(self, code: int | None) -> str:
-        """Return which rank has ended, or what else mpirun has said."""
-        notice = mpi.last_notice(self._said.decode(errors="replace"))
-        if notice and notice.rank is not None:
-            return f"rank {notice.rank} of {self._ranks} ended while {self._doing}: {notice.how}"
-        how = notice.how if notice else f"mpirun ended with code {code}"
-        return f"the engine's ranks ended while {self._doing}: {how}"
 
     def _fail(self, error: errors.StageError) -> None:
         if not self.failed.done() and not self._is_stopping:
@@ -206,3 +202,22 @@ class Processes:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _create_folder(
+    folders: contextlib.ExitStack, *, speak_mpi: bool
+) -> tuple[Path, dict[str, str]]:
+    """Return where the worker and the server meet, and the worker's environment."""
+    if speak_mpi:
+        return folders.enter_context(mpi.meeting(os.environ))
+    folder = folders.enter_context(mpi.create_folder())
+    return Path(folder), mpi.environment(os.environ)
+
+
+def _check_length(socket: Path) -> None:
+    if len(os.fsencode(socket)) > _MOST_SOCKET_PATH:
+        raise errors.StageError(
+            errors.Reason.CRASH_LOOP,
+            f"the path of a socket may have {_MOST_SOCKET_PATH} bytes, {socket} has more",
+            remedy="name a folder with a shorter path in TMPDIR",
+        )

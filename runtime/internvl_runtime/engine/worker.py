@@ -197,7 +197,10 @@ async def serve(
             engine, grammars = await loop.run_in_executor(
                 thread, _load, engine_dir, options, seat, worker.load_picture
             )
-        except errors.StageError as e:
+        except Exception as e:
+            # Of several ranks mpirun's notice and this one's log tell.
+            if seat.size > 1 and not isinstance(e, errors.StageError):
+                raise
             writer.write(channel.encode(_failed(e)))
             await writer.drain()
             return _FAILED
@@ -245,7 +248,14 @@ def _end_with_server(connected: sockets.socket) -> None:
             os._exit(_FAILED)
 
 
-def _failed(error: errors.StageError) -> channel.Failed:
+def _failed(error: Exception) -> channel.Failed:
+    if not isinstance(error, errors.StageError):
+        logger.error("the engine does not load", exc_info=error)
+        error = errors.StageError(
+            errors.Reason.CRASH_LOOP,
+            f"the engine does not load: {mpi.describe(error)}",
+            remedy="read the container's log",
+        )
     return channel.Failed(error.reason.value, error.message, error.remedy)
 
 

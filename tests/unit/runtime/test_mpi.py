@@ -57,6 +57,7 @@ def test_ranks_need_no_shell_and_no_home():
     with mpi.meeting({"OMPI_MCA_plm": "slurm", **OF_A_JOB}) as (_, made):
         assert made["OMPI_MCA_plm"] == "slurm"
         assert made["OMPI_MCA_btl_vader_single_copy_mechanism"] == "none"
+        assert made["OMPI_MCA_ess_singleton_isolated"] == "1"
         assert made["HOME"]
         assert made.keys().isdisjoint(OF_A_JOB)
     with mpi.meeting({"HOME": "/root"}) as (_, made):
@@ -142,6 +143,38 @@ def test_a_log_without_notice_says_nothing():
     assert mpi.last_notice("rank 1: another rank is gone\n") is None
 
 
+FAILED_2 = """\
+2026-11-28 16:00:00,000 ERROR internvl_runtime.engine.mpi [rank 0] rank 0: another rank is gone
+2026-11-28 16:00:00,000 ERROR internvl_runtime.engine.mpi [rank 1] this rank has failed
+2026-11-28 16:00:00,000 ERROR internvl_runtime.engine.mpi [rank 1] rank 1: ValueError: too much
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            FAILED_2 + OPEN_MPI_4.format(FAILED_4),
+            "rank 1 of 2 ended while serving: exit code: 3: ValueError: too much",
+        ),
+        (OPEN_MPI_5.format(KILLED_4), "rank 1 of 2 ended while serving: signal 9 (Killed)"),
+        ("", "the engine's ranks ended while serving: mpirun ended with code 7"),
+    ],
+)
+def test_an_end_is_told_with_the_last_words_of_the_rank(said, told):
+    assert mpi.describe_end(said, 7, ranks=2, doing="serving") == told
+
+
+def test_a_place_that_can_not_be_written_to_is_named(monkeypatch):
+    monkeypatch.setattr(mpi, "SHARED_MEMORY", Path("/proc/shm"))
+    with (
+        pytest.raises(errors.StageError, match="no folder below /proc/shm") as caught,
+        mpi.meeting({}),
+    ):
+        pass
+    assert "emptyDir" in caught.value.remedy
+
+
 def ended_with(monkeypatch, main):
     """The exit code of a rank's program, and the seconds that it has slept before."""
     slept = []
@@ -150,6 +183,15 @@ def ended_with(monkeypatch, main):
     with pytest.raises(SystemExit) as caught:
         mpi.end_with(main)
     return caught.value.code, slept
+
+
+def test_a_rank_says_in_a_line_why_it_ends(monkeypatch, caplog):
+    def fail():
+        raise ValueError("too\nmuch")
+
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    ended_with(monkeypatch, fail)
+    assert caplog.messages == ["this rank has failed", "rank 3: ValueError: too much"]
 
 
 def test_a_rank_that_fails_leaves_at_once_and_one_that_lost_another_is_ended(monkeypatch):

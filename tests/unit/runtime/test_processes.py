@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 from internvl_runtime import errors
-from internvl_runtime.engine import processes
+from internvl_runtime.engine import mpi, processes
 
 FAKE = """
     import socket, sys, time
@@ -35,7 +35,7 @@ def fake(tmp_path, monkeypatch):
 
 
 async def end_of_start(*, seconds):
-    started = processes.Processes(2)
+    started = processes.Processes(2, speak_mpi=True)
     with pytest.raises(errors.StageError) as caught:
         await started.unless_failed(started.start([]), seconds=seconds)
     await started.stop(seconds=30)
@@ -61,3 +61,16 @@ def test_an_mpirun_that_ends_is_told_with_its_code(fake, tmp_path):
     (tmp_path / "mpirun").chmod(0o755)
     error = asyncio.run(end_of_start(seconds=30))
     assert error.message == "the engine's ranks ended while loading: mpirun ended with code 7"
+
+
+def test_a_socket_whose_path_is_too_long_is_told_before_anything_starts(tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr(mpi.tempfile, "tempdir", str(long))
+
+    async def create():
+        processes.Processes(2, speak_mpi=True)
+
+    with pytest.raises(errors.StageError, match="may have 107 bytes") as caught:
+        asyncio.run(create())
+    assert "TMPDIR" in caught.value.remedy

@@ -36,6 +36,14 @@ _WAITING_TILES = 512
 _CPU_CACHE_BYTES = 4 * 2**30
 _GPU_MEMORY_SHARE = 0.92
 """Of the GPU's memory that may be in use; the rest is for the allocator's fragments."""
+_MORE_MEMORY = (
+    "raise INTERNVL_RUNTIME_KV_CACHE_BYTES or the pod's memory, or build the engine with a smaller "
+    "maxSequenceTokens"
+)
+_MORE_GPU_MEMORY = (
+    "raise INTERNVL_RUNTIME_KV_CACHE_BYTES if it is set, build the engine with a smaller "
+    "maxSequenceTokens or maxBatchedTokens, raise tensorParallelSize, or use a larger GPU"
+)
 _SAMPLED = sampler.Row(
     sampling=interface.Sampling(max_tokens=1, top_p=0.9, log_probabilities=20),
     origin="dry run",
@@ -203,12 +211,12 @@ def _count_blocks(
         # On a GPU what is not needed at once serves later turns.
         useful = free // per_block
     if free // per_block < per_request:
+        is_cuda = decoder.device.type == "cuda"
         raise errors.StageError(
-            errors.Reason.OUT_OF_MEMORY,
-            f"the key/value cache may have {free} bytes, one request of "
+            errors.Reason.OUT_OF_GPU_MEMORY if is_cuda else errors.Reason.OUT_OF_MEMORY,
+            f"the key/value cache may have {max(free, 0)} bytes, one request of "
             f"{limits.max_sequence_tokens} tokens needs {per_block * per_request}",
-            remedy="raise INTERNVL_RUNTIME_KV_CACHE_BYTES or the pod's memory, or build the engine "
-            "with a smaller maxSequenceTokens",
+            remedy=_MORE_GPU_MEMORY if is_cuda else _MORE_MEMORY,
         )
     return int(min(useful, free // per_block))
 
