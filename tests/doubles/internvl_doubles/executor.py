@@ -14,6 +14,7 @@ import enum
 import itertools
 import json
 import os
+import struct
 import threading
 import time
 import traceback
@@ -473,7 +474,7 @@ class Executor:
                 return False
             self._drop_cancelled()
             while self._requests and len(self._running) < self._batch:
-                first = max(self._requests, key=lambda each: each.request.priority)
+                first = max(self._requests, key=lambda each: _as_float32(each.request.priority))
                 self._requests.remove(first)
                 self._running.append(first)
         began = time.monotonic()
@@ -689,6 +690,11 @@ def _check_sampling(config, *, most_beams):
         value = getattr(config, name)
         if value is not None and not is_legal(value):
             raise StrictError(f"SamplingConfig.{name} is {value}")
+
+
+def _as_float32(number):
+    """Round as the leader does when it sends a request."""
+    return struct.unpack("f", struct.pack("f", number))[0]
 
 
 def _told(config):
