@@ -3,6 +3,8 @@
 PYTHONPATH=runtime:tests/support python -m pytest tests/gpu/test_two_gpus.py -c /dev/null
 """
 
+import json
+
 import pytest
 import runtime_process
 import served_ranks
@@ -12,6 +14,8 @@ from internvl_runtime.model import config
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
 
+LEFT = 3 * 2**30
+"""Bytes for the contexts of torch and NCCL, and nothing else."""
 MANY_TOKENS = 1500
 """A GPU's answers of so many tokens still run when SIGTERM comes."""
 
@@ -47,3 +51,20 @@ def test_a_killed_rank_ends_the_whole(two_ranks, phase, name, tmp_path):
 
 def test_sigterm_under_load_loses_no_stream(two_ranks):
     served_ranks.check_sigterm(two_ranks, tokens=MANY_TOKENS)
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_gpu_that_is_full_is_told(two_ranks, tmp_path, full):
+    told = tmp_path / "told"
+    told.touch()
+    free, _ = torch.cuda.mem_get_info(full)
+    taken = torch.empty(free - LEFT, dtype=torch.uint8, device=f"cuda:{full}")
+    try:
+        with runtime_process.serve(two_ranks, wait=False, termination_log=str(told)) as server:
+            code = server.process.wait(timeout=60)
+    finally:
+        del taken
+        torch.cuda.empty_cache()
+    said = json.loads(told.read_text())
+    print(f"GPU {full} is full: code {code}: {said['reason']}: {said['message']}")
+    assert (code, said["reason"]) == (80, "OutOfGPUMemory")

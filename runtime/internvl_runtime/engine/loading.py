@@ -49,9 +49,13 @@ def _naming_short_memory() -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, errors.RankFailedError) as e:
+    except (torch.OutOfMemoryError, torch.AcceleratorError, errors.RankFailedError) as e:
         cause = e.__cause__ if isinstance(e, errors.RankFailedError) else e
-        if not isinstance(cause, torch.OutOfMemoryError):
+        is_short = isinstance(cause, torch.OutOfMemoryError) or (
+            # Of the driver, which torch's allocator has not asked.
+            isinstance(cause, torch.AcceleratorError) and "out of memory" in str(cause)
+        )
+        if not isinstance(cause, Exception) or not is_short:
             raise
         raise errors.StageError(
             errors.Reason.OUT_OF_GPU_MEMORY,

@@ -40,7 +40,20 @@ def test_a_gpu_that_is_too_small_is_told(monkeypatch, wrap):
     assert "tensorParallelSize" in caught.value.remedy
 
 
-@pytest.mark.parametrize("error", [within_a_step(ValueError()), errors.RankLostError(), OSError()])
+def test_a_driver_that_has_no_memory_is_told(monkeypatch):
+    load = fail_with(monkeypatch, torch.AcceleratorError("CUDA error: out of memory"))
+    with pytest.raises(errors.StageError, match="does not fit into the GPU"):
+        load()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        within_a_step(ValueError()),
+        errors.RankLostError(),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    ],
+)
 def test_other_errors_stay_what_they_are(monkeypatch, error):
     with pytest.raises(type(error)):
         fail_with(monkeypatch, error)()
