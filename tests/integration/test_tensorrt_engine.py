@@ -261,9 +261,9 @@ def test_a_picture_that_can_not_be_loaded_fails_who_needs_it(built):
     other, _ = ask("other", [[5, 6]], context=CONTEXT)
     loaded.submit(needing)
     loaded.submit(other)
-    loaded.step()
+    steps = loaded.step()
     loaded.fail_picture(next(iter(tiles)), errors.RequestError("it is none", parameter="messages"))
-    steps = run(loaded, ended(2))
+    steps += run(loaded, ended(2 - sum(step.is_last for step in steps)))
     has_work = loaded.has_work
     loaded.close()
 
