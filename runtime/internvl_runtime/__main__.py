@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
+import pydantic_settings
 
 from internvl_runtime import errors, settings
 from internvl_runtime.artifacts import progress, sources, stages, synthesize
@@ -46,13 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
-        config_ = settings.Settings()
-    except pydantic.ValidationError as e:
-        for error in e.errors():
-            print(f"{_variable(error['loc'])}: {error['msg']}", file=sys.stderr)
-        return EXIT_FAILED
+        config_ = _read_settings()
+    except errors.StageError as e:
+        return _end_with(e, parsed.command, settings.termination_log(os.environ))
     for name, meant in settings.misspelt(os.environ).items():
         logger.warning("%s is no setting; did you mean %s?", name, meant)
+    # What a stage has in temporary folders goes at its end; a server ends by itself.
+    if parsed.command != "serve":
+        signal.signal(signal.SIGTERM, _leave)
     try:
         with _deadline(getattr(parsed, "timeout", None)):
             result = parsed.run(parsed, config_)
@@ -60,15 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parsed.command}: {e}", file=sys.stderr)
         return EXIT_FAILED
     except errors.StageError as e:
-        failure = {"reason": e.reason.value, "message": e.message, "remedy": e.remedy}
-        _write_termination(config_, {"stage": parsed.command, **failure})
-        print(f"{parsed.command}: {e.message}\nremedy: {e.remedy}", file=sys.stderr)
-        return _EXITS.get(e.reason, EXIT_FAILED)
+        return _end_with(e, parsed.command, config_.termination_log)
     except OSError as e:
         print(f"{parsed.command}: {e}", file=sys.stderr)
         return EXIT_UNFORESEEN
     if result is not None:
-        _write_termination(config_, {"stage": parsed.command, "result": result})
+        _write_termination(config_.termination_log, {"stage": parsed.command, "result": result})
         print(json.dumps(result), flush=True)
     return 0
 
@@ -95,11 +94,6 @@ def _deadline(seconds: int | None) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _variable(location: tuple[int | str, ...]) -> str:
-    """Return the environment variable of a setting."""
-    return f"{settings.PREFIX}{'_'.join(map(str, location))}".upper()
 
 
 def _resolve(arguments: argparse.Namespace, config_: settings.Settings) -> dict[str, Any]:
@@ -221,14 +215,51 @@ def _cache(arguments: argparse.Namespace, config_: settings.Settings) -> caches.
     return caches.Cache(arguments.cache or config_.cache_root)
 
 
-def _write_termination(config_: settings.Settings, content: dict[str, Any]) -> None:
-    if config_.termination_log.exists():
+def _read_settings() -> settings.Settings:
+    """Read every setting; raises StageError that names those that can not be."""
+    try:
+        return settings.Settings()
+    except pydantic.ValidationError as e:
+        told = [
+            f"{settings.variable(each['loc'])}={each['input']!r}: {each['msg']}"
+            for each in e.errors()
+        ]
+        raise _unreadable("; ".join(told)) from e
+    except pydantic_settings.SettingsError as e:
+        # A list that is no JSON.
+        raise _unreadable(f"{e}: {e.__cause__}") from e
+
+
+def _unreadable(message: str) -> errors.StageError:
+    return errors.StageError(
+        errors.Reason.INVALID_SPEC,
+        message,
+        remedy="docs/settings.md has every setting with its default; lists are JSON: "
+        '["one", "two"]',
+    )
+
+
+def _end_with(error: errors.StageError, stage: str, termination_log: Path) -> int:
+    """Tell why a stage ends; returns the exit code."""
+    failure = {"reason": error.reason.value, "message": error.message, "remedy": error.remedy}
+    _write_termination(termination_log, {"stage": stage, **failure})
+    print(f"{stage}: {error.message}\nremedy: {error.remedy}", file=sys.stderr)
+    return _EXITS.get(error.reason, EXIT_FAILED)
+
+
+def _leave(number: int, frame: object) -> None:
+    del frame
+    sys.exit(128 + number)
+
+
+def _write_termination(path: Path, content: dict[str, Any]) -> None:
+    if path.exists():
         text = json.dumps({"schema": RESULT_SCHEMA, **content})
         if len(text) > _MOST_TERMINATION_BYTES and "message" in content:
             spare = len(text) - _MOST_TERMINATION_BYTES + len("…".encode()) * 2
             content = {**content, "message": content["message"][:-spare] + "…"}
             text = json.dumps({"schema": RESULT_SCHEMA, **content})
-        config_.termination_log.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

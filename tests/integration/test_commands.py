@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import runtime_process
 
+ROOT = Path(__file__).parents[2]
+FLAGS = json.dumps(runtime_process.FLAGS)
 SOURCE = '{"synthetic": {"shape": "tiny", "family": "qwen2", "seed": 1}}'
 
 
@@ -130,7 +133,15 @@ def test_a_damaged_answer_fails_verification(qwen_engine, tmp_path):
         (["synthesize", "--shape", "tiny", "--family", "qwen2", "--output", "/proc/x"], {}, 1,
          "/proc/x"),
         (["verify", "--engine", "."], {"INTERNVL_RUNTIME_PORT": "many"}, 80,
-         "INTERNVL_RUNTIME_PORT: Input should be a valid integer"),
+         "INTERNVL_RUNTIME_PORT='many': Input should be a valid integer"),
+        (["build", "--checkpoint", "k", "--backend", "vllm", "--flags", FLAGS], {}, 80,
+         "backend vllm is not one of"),
+        (["build", "--checkpoint", "k", "--backend", "TensorRT", "--flags", FLAGS], {}, 80,
+         "this machine has none"),
+        (["build", "--checkpoint", "k", "--flags", FLAGS.replace("16", "0")], {}, 80,
+         "maxBatchSize is 0"),
+        (["build", "--checkpoint", "k", "--flags", FLAGS.replace("32767", "32768")], {}, 80,
+         "maxInputTokens leaves no room"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
@@ -153,3 +164,19 @@ def test_a_termination_message_fits_into_what_kubernetes_keeps(tmp_path):
     message = told.read_bytes()
     assert len(message) <= 4096
     assert json.loads(message)["remedy"]
+
+
+def test_the_commands_of_the_documentation_build_an_engine(tmp_path):
+    text = (ROOT / "docs" / "building.md").read_text()
+    (block,) = [part for part in text.split("\n\n") if part.startswith("    export INT")]
+    *commands, serve = block.rstrip().splitlines()
+    assert serve == '    internvl-runtime serve --engine cache/engines/"$engine"'
+    script = "\n".join([*commands, 'cat cache/engines/"$engine"/COMPLETE'])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, check=False,
+        env={**os.environ, "PATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (engine,) = (tmp_path / "cache" / "engines").iterdir()
+    assert done.stdout.endswith((engine / "COMPLETE").read_text())

@@ -123,6 +123,23 @@ def test_a_rank_that_ends_within_a_build_is_named(qwen_checkpoint, tmp_path):
     assert rank_processes.of(tmp_path, rank_processes.BUILDER) == {}
 
 
+def test_a_build_that_is_ended_leaves_nothing(qwen_checkpoint, tmp_path):
+    before = rank_processes.left_behind()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        building = thread.submit(
+            runtime_process.build_engine, qwen_checkpoint, cache=tmp_path, ranks=2
+        )
+        mpirun, _ = (
+            rank_processes.wait_for(tmp_path, name, program=rank_processes.BUILDER)
+            for name in (rank_processes.MPIRUN, 1)
+        )
+        os.kill(rank_processes.parent_of(mpirun), signal.SIGTERM)
+        with pytest.raises(AssertionError):
+            building.result()
+    assert rank_processes.of(tmp_path, rank_processes.BUILDER) == {}
+    assert not rank_processes.left_behind() - before
+
+
 def test_a_machine_with_too_few_gpus_builds_nothing(two_tensorrt_ranks, monkeypatch):
     monkeypatch.setenv("FAKE_GPUS", "1")
     cache = two_tensorrt_ranks.parents[1]

@@ -36,6 +36,12 @@ def wait_for(engine, name, *, program=WORKER, seconds=60):
     raise AssertionError(f"{name} did not start")
 
 
+def parent_of(process):
+    """Return the id of the process that has started one."""
+    _, _, rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")
+    return int(rest.split()[1])
+
+
 def left_behind():
     """Return what ranks may leave: files in shared memory and in the temporary folder."""
     temporary = Path(tempfile.gettempdir())

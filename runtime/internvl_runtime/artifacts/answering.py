@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import gc
 import json
@@ -27,6 +28,7 @@ _PICTURE_BYTES = 512 * 2**20
 """Of features."""
 _SECONDS = 3600.0
 """How long ranks may take to load and to answer: one that hangs says nothing."""
+_END_SECONDS = 5.0
 _LAST_LINES = 100
 """Of the ranks' log: mpirun's notice is at its end."""
 _ANSWERS = "answers.safetensors"
@@ -101,6 +103,10 @@ def _pass_on(process: subprocess.Popen[str]) -> str:
             last.append(line)
         process.wait()
     except BaseException:
+        # mpirun ends its ranks first.
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_END_SECONDS)
         process.kill()
         raise
     finally:

@@ -191,7 +191,10 @@ class WorkerEngine:
             case channel.Heartbeat(step_seconds, load):
                 self._observer.observe_load(load)
                 if step_seconds > self._options.step_seconds:
-                    self._give_up(f"an engine step has been running for {step_seconds:.0f} s")
+                    self._give_up(
+                        f"an engine step has been running for {step_seconds:.0f} s",
+                        setting="INTERNVL_RUNTIME_WORKER_STEP_SECONDS",
+                    )
 
     def _deliver(self, result: channel.StepResult) -> None:
         running = self._running.get(result.request_id)
@@ -237,11 +240,15 @@ class WorkerEngine:
             await asyncio.sleep(_WATCH_SECONDS)
             silent = time.monotonic() - self._heard
             if silent > self._options.silent_seconds:
-                self._give_up(f"the engine has not been heard of for {silent:.0f} s")
+                self._give_up(
+                    f"the engine has not been heard of for {silent:.0f} s",
+                    setting="INTERNVL_RUNTIME_WORKER_SILENT_SECONDS",
+                )
 
-    def _give_up(self, why: str) -> None:
-        logger.error("%s: ending it", why)
-        self._processes.fail(why)
+    def _give_up(self, why: str, *, setting: str | None = None) -> None:
+        if not self.gone.done():
+            logger.error("%s: ending it", why)
+        self._processes.fail(why, setting=setting)
 
     def _fail_running(self, gone: "asyncio.Future[errors.StageError]") -> None:
         self._ready = False

@@ -157,7 +157,7 @@ def describe_machine() -> dict[str, Any]:
 def versions(backend: str, architecture: str) -> dict[str, str]:
     """Return the versions of the packages that an engine depends on; without what lacks."""
     found = {}
-    for name, distribution in _PACKAGES[backend, torch_device(architecture)].items():
+    for name, distribution in _PACKAGES.get((backend, torch_device(architecture)), {}).items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(distribution)
             # Neither a local build nor its packaging changes what an engine depends on.

@@ -28,10 +28,24 @@ def limits_of(flags: Mapping[str, int]) -> interface.EngineLimits:
         raise errors.StageError(
             errors.Reason.INVALID_SPEC,
             f"the build flags are {sorted(flags)}, expected {sorted(names)}",
-            remedy="use the same release of operator and runtime image",
+            remedy="give each of them (docs/building.md); in a cluster, use the same release of "
+            "operator and runtime image",
         )
-    values: dict[str, Any] = {names[key]: int(value) for key, value in flags.items()}
+    wrong = [f"{key} is {value!r}" for key, value in flags.items() if not _is_count(value)]
+    if flags["maxInputTokens"] >= flags["maxSequenceTokens"]:
+        wrong.append("maxInputTokens leaves no room for an answer in maxSequenceTokens")
+    if wrong:
+        raise errors.StageError(
+            errors.Reason.INVALID_SPEC,
+            f"the build flags can not be: {', '.join(wrong)}",
+            remedy="give whole numbers from 1 on, and maxInputTokens below maxSequenceTokens",
+        )
+    values: dict[str, Any] = {names[key]: value for key, value in flags.items()}
     return interface.EngineLimits(**values)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def flags_of(limits: interface.EngineLimits) -> dict[str, int]:
@@ -91,6 +105,11 @@ def open_engine(path: Path) -> EngineFolder:
     """
     path = path.resolve()
     inputs = caches.read_manifest(path).inputs
+    if "backend" not in inputs:
+        raise errors.EngineIncompatibleError(
+            f"{path} holds no engine",
+            remedy="give a folder below engines/, as `internvl-runtime build` publishes it",
+        )
     _check_device(inputs)
     opened = describe(path, inputs, caches.Cache(path.parent.parent))
     check_machine(architecture=opened.architecture, backend=opened.backend, ranks=opened.ranks)

@@ -62,6 +62,11 @@ _CULPRIT = re.compile(
 """Of Open MPI 4 and 5, with every run of white space as one space."""
 
 
+REMEDY = (
+    "read the container's log; out of memory is the usual cause; NCCL_DEBUG=INFO tells of GPUs' "
+    "connections"
+)
+"""Of ranks that have ended, or hang."""
 _LAST_WORDS = re.compile(r"\brank (\d+): (.+)")
 """How a rank says why it ends, in a line of its log."""
 
@@ -109,7 +114,8 @@ def _find_program() -> str:
     if found is None:
         raise errors.StageError(
             errors.Reason.INCOMPATIBLE_VERSIONS,
-            "there is no mpirun on PATH, which starts the ranks of a model on several GPUs",
+            "there is no mpirun on PATH or beside python, which starts the ranks of a model on "
+            "several GPUs",
             remedy="use the runtime image of this release, or install Open MPI 4.1 or 5",
         )
     return found
@@ -151,13 +157,8 @@ def create_folder(below: Path | None = None) -> tempfile.TemporaryDirectory[str]
 
 
 def failure(message: str) -> errors.StageError:
-    """Return the error of ranks that have ended, or hang."""
-    return errors.StageError(
-        errors.Reason.RANK_FAILED,
-        message,
-        remedy="read the container's log; out of memory is the usual cause; NCCL_DEBUG=INFO tells "
-        "of GPUs' connections",
-    )
+    """Return the error of ranks that have ended."""
+    return errors.StageError(errors.Reason.RANK_FAILED, message, remedy=REMEDY)
 
 
 def describe(error: Exception) -> str:

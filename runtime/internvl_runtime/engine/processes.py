@@ -28,6 +28,8 @@ _MOST_SOCKET_PATH = 107
 _LAST_BYTES = 8192
 """Of the log: mpirun's notice is at its end."""
 
+_REMEDY = "read the container's log; out of memory is the usual cause"
+
 _R = TypeVar("_R")
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -77,7 +79,10 @@ class Processes:
                     return result
         finally:
             wanted.cancel()
-        self.fail(f"the engine worker was not ready within {seconds:g} s")
+        self.fail(
+            f"the engine worker was not ready within {seconds:g} s",
+            setting="INTERNVL_RUNTIME_WORKER_START_SECONDS",
+        )
         raise self.failed.result()
 
     def be_serving(self) -> None:
@@ -91,9 +96,9 @@ class Processes:
         else:
             self._begin(self._wait_for_mpirun(), "engine-lost")
 
-    def fail(self, why: str) -> None:
-        """Give the worker up; only the first call counts."""
-        self._fail(self._error(why))
+    def fail(self, why: str, *, setting: str | None = None) -> None:
+        """Give the worker up, for the limit of a setting perhaps; only the first call counts."""
+        self._fail(self._error(why, setting))
 
     async def stop(self, *, seconds: float) -> None:
         """Wait for the end of a worker that was told to end, and end it when it does not."""
@@ -189,13 +194,12 @@ class Processes:
         process.kill()
         await process.wait()
 
-    def _error(self, why: str) -> errors.StageError:
-        if self._ranks > 1:
-            return mpi.failure(why)
+    def _error(self, why: str, setting: str | None) -> errors.StageError:
+        several, limit = self._ranks > 1, f"; {setting} is the limit" if setting else ""
         return errors.StageError(
-            errors.Reason.CRASH_LOOP,
+            errors.Reason.RANK_FAILED if several else errors.Reason.CRASH_LOOP,
             why,
-            remedy="read the container's log; out of memory is the usual cause",
+            remedy=(mpi.REMEDY if several else _REMEDY) + limit,
         )
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:

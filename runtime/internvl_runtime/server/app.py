@@ -67,6 +67,10 @@ async def serve(
     # Pillow warns of what its decoders find; a broken picture is told to its sender.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     opened = folder.open_engine(engine_dir)
+    logger.info(
+        "serving engine %s of %s for %s, %d ranks",
+        opened.key[:12], opened.backend, opened.architecture, opened.ranks,
+    )  # fmt: skip
     engine = client.WorkerEngine(
         opened, _worker_options(config, step_log), observer=metrics.EngineObserver()
     )
@@ -199,7 +203,11 @@ async def _run(
             starting.result()
             metrics.ENGINE_UP.set(1)
             metrics.CACHE_BLOCKS.set(engine.blocks)
-            logger.info("the engine is ready")
+            host, port = listener.getsockname()[:2]
+            logger.info(
+                "the engine is ready, with %d blocks of cache: http://%s:%d/v1",
+                engine.blocks, host, port,
+            )  # fmt: skip
             await _wait_for_end(serving, engine)
     finally:
         server.should_exit = True
