@@ -43,8 +43,14 @@ def _list(cache: caches.Cache, console: rich.console.Console) -> None:
             entry.kind.value, entry.key[:_SHORT], _bytes(entry.size), entry.published_at,
             _describe(manifest),
         )  # fmt: skip
+    damaged = prune.list_damaged(cache)
+    for entry, why in damaged:
+        table.add_row(
+            entry.kind.value, entry.key[:_SHORT], _bytes(entry.size), "", f"damaged: {why}"
+        )
     console.print(table)
-    console.print(f"{len(entries)} folders, {_bytes(sum(entry.size for entry in entries))}")
+    size = sum(entry.size for entry in [*entries, *(entry for entry, _ in damaged)])
+    console.print(f"{len(entries) + len(damaged)} folders, {_bytes(size)}")
 
 
 def _describe(manifest: caches.Manifest) -> str:
@@ -68,21 +74,21 @@ def _describe(manifest: caches.Manifest) -> str:
 
 def _verify(cache: caches.Cache, console: rich.console.Console) -> None:
     entries = prune.list_entries(cache)
-    found: list[tuple[str, str]] = []
+    found = [why for _, why in prune.list_damaged(cache)]
     with rich.progress.Progress(console=console) as bar:
         task = bar.add_task("reading", total=sum(entry.size for entry in entries))
         for entry in entries:
             published = cache.get(entry.kind, entry.key)
             for file in published.manifest.files:
                 if caches.sha256_of(published.path / file["path"]) != file["sha256"]:
-                    found.append((f"{entry.kind.value}/{entry.key}", file["path"]))
+                    found.append(f"{published.path / file['path']} differs from its manifest")
                 bar.advance(task, file["size"])
     if found:
-        named = ", ".join(f"{folder}/{path}" for folder, path in found)
         raise errors.StageError(
             errors.Reason.DIGEST_MISMATCH,
-            f"{len(found)} files differ from their manifests: {named}",
-            remedy="remove those folders: what is missing is built again",
+            "; ".join(found),
+            remedy="remove those folders (`cache prune` removes those that lack something): what "
+            "is missing is built again",
         )
     console.print(f"{len(entries)} folders are whole")
 
@@ -97,6 +103,8 @@ def _prune(
         in_use=_full_keys(arguments.in_use, entries),
         free_bytes=arguments.free_bytes,
     )
+    damaged = [entry for entry, _ in prune.list_damaged(cache)]
+    entries, gone = [*damaged, *entries], [*damaged, *gone]
     table = _table("kind", "key", "size", "published", "")
     for entry in gone:
         removed = arguments.dry_run or prune.remove(cache, entry)

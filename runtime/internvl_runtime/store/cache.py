@@ -94,10 +94,25 @@ class Cache:
 
     def list_published(self, kind: keys.Kind) -> list[Published]:
         """Return the complete folders of a kind, sorted by their keys."""
-        folder = self.root / kind.value
-        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-        found = (self.find(kind, name) for name in names)
+        found = (self.find(kind, name) for name in self._names(kind))
         return [published for published in found if published]
+
+    def list_damaged(self, kind: keys.Kind) -> list[tuple[Path, str]]:
+        """Return the folders of a kind that were complete and are not now, each with the reason."""
+        damaged = []
+        for name in self._names(kind):
+            if not (self.path_of(kind, name) / MARKER).exists():
+                # Its publishing was cut off: a later builder finishes it.
+                continue
+            try:
+                self.get(kind, name)
+            except errors.StageError as e:
+                damaged.append((self.path_of(kind, name), e.message))
+        return damaged
+
+    def _names(self, kind: keys.Kind) -> list[str]:
+        folder = self.root / kind.value
+        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 
     @contextlib.contextmanager
     def workspace(self, kind: keys.Kind, key: str) -> Iterator[Path]:
@@ -231,6 +246,11 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in _files_below(folder))
 
 
 @contextlib.contextmanager

@@ -44,6 +44,15 @@ def list_entries(cache: caches.Cache) -> list[Entry]:
     return [Entry.of(found) for kind in keys.Kind for found in cache.list_published(kind)]
 
 
+def list_damaged(cache: caches.Cache) -> list[tuple[Entry, str]]:
+    """Return the folders that were complete and that nobody reads now, each with the reason."""
+    return [
+        (Entry(kind, path.name, None, "", caches.size_of(path)), why)
+        for kind in keys.Kind
+        for path, why in cache.list_damaged(kind)
+    ]
+
+
 def plan(
     entries: Sequence[Entry], *, keep_engines: int, in_use: Collection[str], free_bytes: int = 0
 ) -> list[Entry]:

@@ -1,4 +1,5 @@
 import pytest
+from internvl_runtime import __main__
 from internvl_runtime.store import cache as caches
 from internvl_runtime.store import keys, prune
 
@@ -78,3 +79,54 @@ def test_a_key_that_a_builder_holds_is_left_alone(published):
     with cache.workspace(found.kind, found.key):
         assert not prune.remove(cache, found)
     assert prune.list_entries(cache) == [found]
+
+
+def told(cache, *arguments, capsys):
+    """Exit code and words of `internvl-runtime cache`."""
+    code = __main__.main(["cache", *arguments, "--cache", str(cache.root)])
+    said = capsys.readouterr()
+    return code, " ".join((said.out + said.err).split())
+
+
+def shorten(folder):
+    (folder / "x").write_text("")
+    return "x has 0 bytes, its manifest says 1"
+
+
+def remove(folder):
+    (folder / "x").unlink()
+    return "x is missing"
+
+
+def exchange(folder):
+    (folder / "x").write_text("y")
+    return "differs from its manifest"
+
+
+@pytest.mark.parametrize("damage", [shorten, remove, exchange])
+def test_verify_tells_of_every_damage(published, capsys, damage):
+    cache, (found,) = published
+    code, said = told(cache, "verify", capsys=capsys)
+    assert (code, said.endswith("1 folders are whole")) == (0, True)
+    words = damage(cache.path_of(found.kind, found.key))
+    code, said = told(cache, "verify", capsys=capsys)
+    assert code == __main__.EXIT_FAILED
+    assert words in said
+
+
+@pytest.mark.parametrize("damage", [shorten, remove])
+def test_what_lacks_something_is_listed_and_goes(published, capsys, damage):
+    cache, (found,) = published
+    path = cache.path_of(found.kind, found.key)
+    damage(path)
+    assert "damaged:" in told(cache, "list", capsys=capsys)[1]
+    assert "removed 1 of 1 folders" in told(cache, "prune", capsys=capsys)[1]
+    assert not path.exists()
+
+
+def test_a_publishing_that_was_cut_off_stays_for_the_next_builder(published, capsys):
+    cache, (found,) = published
+    path = cache.path_of(found.kind, found.key)
+    (path / caches.MARKER).unlink()
+    assert told(cache, "prune", capsys=capsys) == (0, "0 of 0 folders, 0 B")
+    assert path.exists()
