@@ -472,6 +472,26 @@ def test_after_sigterm_requests_are_served_until_propagation_is_over(engine):
         assert server.process.wait(timeout=60) == 0
 
 
+@pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_stream_beyond_the_drain_is_told(engine, signals, capfd):
+    seconds = 1 if signals == 1 else 300
+    with runtime_process.serve(engine, drain_seconds=seconds) as server:
+        endless = {**ASK, "max_tokens": 30_000, "ignore_eos": True, "stream": True}
+        url = f"{server.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=endless, timeout=60) as running:
+            lines = (line for line in running.iter_lines() if line)
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            if signals > 1:
+                _wait_for(lambda: _closed(server))
+                server.process.send_signal(signal.SIGTERM)
+            *_, last = lines
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert ("longer than the 1 s" if signals == 1 else "told twice to end") in error["message"]
+        assert server.process.wait(timeout=60) == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def _closed(server):
     answer = httpx.get(f"{server.url}/v1/models")
     if answer.status_code == 200:

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import socket as sockets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,13 @@ class WorkerEngine:
         """Stop a request, waiting or running; an unknown one is none."""
         if self._running.pop(request_id, None):
             self._send(channel.Cancel(request_id))
+
+    def end_running(self, why: str) -> None:
+        """Give up every request that is not answered, with an error that says why."""
+        running, self._running = self._running, {}
+        for request_id in running:
+            self._send(channel.Cancel(request_id))
+        _fail(running, why)
 
     def statistics(self) -> interface.EngineStatistics:
         """Return how many requests are not finished."""
@@ -255,9 +263,7 @@ class WorkerEngine:
         if gone.cancelled():
             return
         running, self._running = self._running, {}
-        error = errors.EngineUnavailableError(gone.result().message)
-        for each in running.values():
-            each.sink(interface.Step(request_id=each.request.request_id, token_ids=(), error=error))
+        _fail(running, gone.result().message)
 
     def _send(self, message: channel.ToWorker) -> None:
         if self._writer is not None:
@@ -267,6 +273,12 @@ class WorkerEngine:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _fail(running: Mapping[str, _Running], why: str) -> None:
+    error = errors.EngineUnavailableError(why)
+    for each in running.values():
+        each.sink(interface.Step(request_id=each.request.request_id, token_ids=(), error=error))
 
 
 def _to_submit(request: interface.GenerationRequest) -> channel.Submit:

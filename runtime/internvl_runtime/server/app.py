@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,7 @@ async def serve(
         ),
         draining,
         config,
+        end_running=engine.end_running,
     )
     try:
         await _run(server, engine, listener)
@@ -162,9 +163,15 @@ class _Server(uvicorn.Server):
     """Drains on SIGTERM and SIGINT before it stops; a second signal stops it at once."""
 
     def __init__(
-        self, config: uvicorn.Config, draining: drain.Drain, settings_: settings.Settings
+        self,
+        config: uvicorn.Config,
+        draining: drain.Drain,
+        settings_: settings.Settings,
+        *,
+        end_running: Callable[[str], None],
     ) -> None:
         super().__init__(config)
+        self._end_running = end_running
         self._draining = draining
         self._settings = settings_
         self._leaving: asyncio.Task[None] | None = None
@@ -179,7 +186,8 @@ class _Server(uvicorn.Server):
 
     def _on_signal(self) -> None:
         if self._leaving:
-            self.should_exit = self.force_exit = True
+            self._end_running("the server was told twice to end")
+            self.should_exit = True
             return
         logger.info("leaving: not ready, and closed in %g s", self._settings.propagation_seconds)
         self._leaving = asyncio.create_task(self._leave(), name="drain")
@@ -188,6 +196,10 @@ class _Server(uvicorn.Server):
         await self._draining.leave(
             propagation_seconds=self._settings.propagation_seconds,
             finish_seconds=self._settings.drain_seconds,
+        )
+        self._end_running(
+            f"the server ends, and this answer took longer than the "
+            f"{self._settings.drain_seconds:g} s that it waits"
         )
         self.should_exit = True
 
