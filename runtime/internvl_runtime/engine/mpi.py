@@ -180,7 +180,7 @@ def last_notice(said: str) -> Notice | None:
 
 def describe_end(said: str, code: int | None, *, ranks: int, doing: str) -> str:
     """Return which rank has ended and its last words, or what else mpirun has said."""
-    notice = last_notice(said)
+    notice = last_notice(said) if ranks > 1 else Notice(0, f"exit code: {code}")
     if notice is None or notice.rank is None:
         how = notice.how if notice else f"mpirun ended with code {code}"
         return f"the engine's ranks ended while {doing}: {how}"

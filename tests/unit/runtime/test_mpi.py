@@ -165,6 +165,11 @@ def test_an_end_is_told_with_the_last_words_of_the_rank(said, told):
     assert mpi.describe_end(said, 7, ranks=2, doing="serving") == told
 
 
+def test_one_rank_s_end_is_told_without_mpirun():
+    told = mpi.describe_end(FAILED_2, 1, ranks=1, doing="answering")
+    assert told == "rank 0 of 1 ended while answering: exit code: 1: another rank is gone"
+
+
 def test_a_place_that_can_not_be_written_to_is_named(monkeypatch):
     monkeypatch.setattr(mpi, "SHARED_MEMORY", Path("/proc/shm"))
     with (
