@@ -170,7 +170,7 @@ def termination_log(environment: Mapping[str, str]) -> Path:
 def variables() -> dict[str, pydantic.fields.FieldInfo]:
     """Return every environment variable that is read, with its field."""
     return {
-        str(field.validation_alias or f"{PREFIX}{name}".upper()): field
+        str(field.validation_alias or variable((name,))): field
         for name, field in Settings.model_fields.items()
     }
 

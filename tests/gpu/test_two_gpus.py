@@ -20,12 +20,9 @@ MANY_TOKENS = 1500
 """A GPU's answers of so many tokens still run when SIGTERM comes."""
 
 
-@pytest.fixture(scope="module", params=["tiny-shapes", *config.Family], ids=str)
+@pytest.fixture(scope="module", params=served_ranks.MODELS, ids=str)
 def source(request, tmp_path_factory):
-    if request.param == "tiny-shapes":
-        return {"bundled": {"name": request.param}}
-    folder = tmp_path_factory.mktemp("checkpoint")
-    return {"folder": {"path": str(runtime_process.synthesize(folder, shapes.TINY, request.param))}}
+    return served_ranks.describe_source(request.param, tmp_path_factory.mktemp("checkpoint"))
 
 
 def test_two_gpus_give_the_tokens_of_one(source, tmp_path):

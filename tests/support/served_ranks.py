@@ -12,12 +12,23 @@ import httpx
 import pictures
 import rank_processes
 import runtime_process
+from internvl_runtime.artifacts import shapes
+from internvl_runtime.model import config
 
 AT_ONCE = 16
 LONG = 3
 END_SECONDS = 10.0
+MODELS = ["tiny-shapes", *config.Family]
+"""A trained model, and random weights of both families."""
 PHASES = ["start", "idle", "prefill", "decode", "drain"]
 PHASES_AND_RANKS = list(itertools.product(PHASES, [0, 1]))
+
+
+def describe_source(model, folder):
+    """Return the source of one of the models; a family's weights are written into a folder."""
+    if model == "tiny-shapes":
+        return {"bundled": {"name": model}}
+    return {"folder": {"path": str(runtime_process.synthesize(folder, shapes.TINY, model))}}
 
 
 def body_of(seed):

@@ -55,7 +55,7 @@ def _naming_short_memory() -> Iterator[None]:
             # Of the driver, which torch's allocator has not asked.
             isinstance(cause, torch.AcceleratorError) and "out of memory" in str(cause)
         )
-        if not isinstance(cause, Exception) or not is_short:
+        if cause is None or not is_short:
             raise
         raise errors.StageError(
             errors.Reason.OUT_OF_GPU_MEMORY,

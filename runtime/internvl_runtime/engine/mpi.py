@@ -62,11 +62,10 @@ _CULPRIT = re.compile(
 """Of Open MPI 4 and 5, with every run of white space as one space."""
 
 
-REMEDY = (
+_REMEDY = (
     "read the container's log; out of memory is the usual cause; NCCL_DEBUG=INFO tells of GPUs' "
     "connections"
 )
-"""Of ranks that have ended, or hang."""
 _LAST_WORDS = re.compile(r"\brank (\d+): (.+)")
 """How a rank says why it ends, in a line of its log."""
 
@@ -156,12 +155,12 @@ def create_folder(below: Path | None = None) -> tempfile.TemporaryDirectory[str]
         ) from e
 
 
-def failure(message: str) -> errors.StageError:
-    """Return the error of ranks that have ended."""
-    return errors.StageError(errors.Reason.RANK_FAILED, message, remedy=REMEDY)
+def failure(message: str, *, limit: str = "") -> errors.StageError:
+    """Return the error of ranks that have ended, or hang; its remedy tells of the limit, too."""
+    return errors.StageError(errors.Reason.RANK_FAILED, message, remedy=_REMEDY + limit)
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """Return the words of an error that nobody has foreseen, in a line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:_MOST_WORDS]
 

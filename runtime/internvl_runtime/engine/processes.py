@@ -195,12 +195,10 @@ class Processes:
         await process.wait()
 
     def _error(self, why: str, setting: str | None) -> errors.StageError:
-        several, limit = self._ranks > 1, f"; {setting} is the limit" if setting else ""
-        return errors.StageError(
-            errors.Reason.RANK_FAILED if several else errors.Reason.CRASH_LOOP,
-            why,
-            remedy=(mpi.REMEDY if several else _REMEDY) + limit,
-        )
+        limit = f"; {setting} is the limit" if setting else ""
+        if self._ranks > 1:
+            return mpi.failure(why, limit=limit)
+        return errors.StageError(errors.Reason.CRASH_LOOP, why, remedy=_REMEDY + limit)
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
